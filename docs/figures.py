@@ -24,11 +24,12 @@ from typing import Any
 
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.report.outcomes import count_checks
-from eval.report.plots import scatter
+from eval.report.plots import COLORS, STYLE, set_log
 from eval.report.words import UNMEASURED, bound
 from lab.core import record
 
@@ -162,15 +163,31 @@ def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
     return {"limits": required, "points": points}
 
 
+@rc_context(STYLE)
 def draw_slowdowns(values: dict[str, Any]) -> Figure:
-    """Draw a point per method from what `slowdowns` returned."""
-    x = "slowdown of the slowest benign concept, × (lower is better)"
-    return scatter(
-        values["points"],
-        values["limits"],
-        x,
-        "slowdown of the least-protected target, × (higher is better)",
-    )
+    """Draw a point with its 95 % intervals per method, from what `slowdowns` returned; the first
+    one is highlighted, and the region that passes is shaded.
+    """
+    limits = values["limits"]
+    fig = Figure(figsize=(8.5, 4.2), layout="constrained")
+    axes = fig.add_subplot()
+    for i, (label, metrics) in enumerate(values["points"].items()):
+        x_error, y_error = ([[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in metrics)
+        style: Any = (
+            {"markersize": 7, "elinewidth": 0.7} if i else {"markersize": 11, "elinewidth": 2}
+        )
+        style |= {"fmt": "os^DvPX*"[i % 8], "label": label, "zorder": 3 + i}
+        axes.errorbar(metrics[0]["value"], metrics[1]["value"], y_error, x_error, **style)
+    for side in "xy":
+        set_log(axes, side)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.fill_between([left, limits[0]], limits[1], top, color=COLORS["good"], alpha=0.13, lw=0)
+    axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.set_xlabel("slowdown of the slowest benign concept, × (lower is better)")
+    axes.set_ylabel("slowdown of the least-protected target, × (higher is better)")
+    fig.legend(loc="outside right upper")
+    return fig
 
 
 def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:

@@ -95,10 +95,15 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
     blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
-    details: list[Block] = [{"row": row, "troubles": _troubles(row.record)} for row in rows]
-    for block, record in zip(details, records, strict=True):
-        config = json.dumps(record["config"], indent=2, ensure_ascii=False)
-        block |= {"facts": _provenance(record), "config": config}
+    details: list[Block] = [
+        {
+            "row": row,
+            "troubles": _troubles(row.record),
+            "facts": _provenance(row.record),
+            "config": json.dumps(row.record["config"], indent=2, ensure_ascii=False),
+        }
+        for row in rows
+    ]
     each = [
         {"summary": f"{d['row'].label}: {d['row'].outcome.label}", "blocks": [d]} for d in details
     ]
@@ -199,7 +204,7 @@ def _read_image(path: Path, sha256: str) -> str:
 
 def _troubles(record: Record) -> list[str]:
     """Return everything that did not go well, as sentences."""
-    error, cells = record["error"], record.get("cells", [])
+    error, cells = record["error"], record["cells"]
     out = [f"{error['type']}: {error['message']} ({error['key']})"] if error else []
     totals = Counter(cell["stage"] for cell in cells)
     failed = Counter((c["stage"], c["status"], c["model"]) for c in cells if c["status"] != "ok")
@@ -207,12 +212,12 @@ def _troubles(record: Record) -> list[str]:
         f"{count} of {totals[stage]} stages {stage} {status}, {model or 'both models'}"
         for (stage, status, model), count in failed.items()
     ]
-    skipped = record.get("skipped", {}).items()
+    skipped = record["skipped"].items()
     return out + [f"Metric {name} was skipped: {reason}" for name, reason in skipped]
 
 
 def _provenance(record: Record) -> dict[str, Any]:
-    p = record.get("provenance", {})
+    p = record["provenance"]
     dirty = {True: " with uncommitted changes", False: ", clean"}.get(p.get("git_dirty"), "")
     folder: Path | None = getattr(record, "folder", None)
     offline = sorted(folder.glob("wandb/offline-run-*")) if folder else []
@@ -223,7 +228,7 @@ def _provenance(record: Record) -> dict[str, Any]:
         "folder": folder,
         "W&B": ", ".join(f"wandb sync {run}" for run in offline),
         "content hash": record["content_hash"],
-        "schema": record.get("schema"),
+        "schema": record["schema"],
         "git": f"{p['git_sha']}{dirty}" if p.get("git_sha") else "no git checkout",
         "started": p.get("started"),
         "wall time": f"{p.get('wall_time_s', 0):,.0f} s",
@@ -231,7 +236,7 @@ def _provenance(record: Record) -> dict[str, Any]:
         "device": f"{p.get('device')}, {p.get('threads')} threads, host {p.get('host')}",
         "seeds": ", ".join(map(str, record["seeds"])),
         "attacks": ", ".join(record["attacks"]),
-        "stages": f"{len(record.get('cells', []))} ({p.get('cache_hits', 0)} from the cache)",
+        "stages": f"{len(record['cells'])} ({p.get('cache_hits', 0)} from the cache)",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         **{
             key.replace("_", " "): ", ".join(f"seed {s}: {v[:12]}" for s, v in values.items())

@@ -24,6 +24,7 @@ from eval.report.outcomes import (
     limit_of,
     outcome,
     slowdown_of,
+    value_of,
 )
 from eval.report.page import Block
 from eval.report.paired import difference
@@ -134,8 +135,7 @@ def trial(record: Record) -> str:
     parts = [", ".join(sorted(record["attacks"])) or "no attack", *_steps(record)]
     data = flatten(record["config"]).get("scenario.path")
     parts += [f"data: {data}"] if data else []
-    cells = record.get("cells", [])
-    cases = sorted({str(cell["case"]) for cell in cells if cell["case"] is not None})
+    cases = sorted({str(c["case"]) for c in record["cells"] if c["case"] is not None})
     if len(cases) > 4:
         digest = hashlib.sha256("\n".join(cases).encode()).hexdigest()[:6]
         parts.append(f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})")
@@ -172,19 +172,10 @@ def terms(record: Record) -> dict[str, Any]:
 
 
 def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
-    """Return comparable records by their place, in order of appearance: fewer attackers make a
-    better worst case.
-
-    A run that has no figures may not have come to its cases: it stands with the first others that
-    were asked for the same, else with the first ones of its scenario and backbone.
-    """
+    """Return comparable records by their place: fewer attackers make a better worst case."""
     out: dict[Place, list[Record]] = {}
-    for record in sorted(records, key=lambda r: not r["metrics"]):
+    for record in sorted(records, key=lambda r: not r["metrics"]):  # failed runs last
         place = (record["scenario"], record["backbone"], trial(record))
-        if not record["metrics"]:
-            known = [p for p in out if p[:2] == place[:2]]
-            known.sort(key=lambda p: terms(out[p][0]) != terms(record))
-            place = next(iter(known), place)
         out.setdefault(place, []).append(record)
     return out
 
@@ -232,7 +223,7 @@ class Row:
 
     def value(self, name: str) -> float | None:
         """Return the value of a metric; None where it was not measured."""
-        return (self.record["metrics"].get(name) or {}).get("value")
+        return value_of(self.record["metrics"], name)
 
 
 def leaderboard(records: Sequence[Record]) -> list[Row]:

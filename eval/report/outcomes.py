@@ -70,15 +70,19 @@ PUBLISHED = {
 }
 
 
+def value_of(metrics: dict[str, Metric], name: str) -> float | None:
+    """Return the value of a metric; None where it was not measured."""
+    return (metrics.get(name) or {}).get("value")
+
+
 def key_figures(record: Record) -> dict[str, str]:
     """Return column → metric of the figures that count for the kind of run."""
     metrics = record["metrics"]
     kind = next(kind for kind in KEY_FIGURES if kind in metrics or not kind)
-
-    def is_measured(name: str) -> bool:
-        return (metrics.get(name) or {}).get("value") is not None
-
-    return {column: max(names, key=is_measured) for column, names in KEY_FIGURES[kind].items()}
+    return {
+        column: next((name for name in names if value_of(metrics, name) is not None), names[0])
+        for column, names in KEY_FIGURES[kind].items()
+    }
 
 
 def slowdown_of(record: Record) -> tuple[str, str]:
@@ -117,13 +121,6 @@ def check_word(check: dict[str, Any]) -> str:
     return "inconclusive" if holds else "fails"
 
 
-def check_text(check: dict[str, Any]) -> str:
-    """Return ``worst target 1.1 [1.0, 1.2] (required ≥ 1.25)``; the reason where not measured."""
-    if check["value"] is None:
-        return f"{check['check']}: {check['note'] or 'not measured'}"
-    return f"{check['check']}: {measured(check)} (required {check['required']})"
-
-
 def verdict_word(record: Record) -> str:
     """Return passes, fails or inconclusive for an immunized record with figures."""
     verdict = record["metrics"].get("verdict") or {"value": None}
@@ -138,9 +135,12 @@ def verdict_word(record: Record) -> str:
 
 
 def _is_attack_too_weak(metrics: dict[str, Metric]) -> bool:
-    """Return whether the attack works on neither model: 0 % at 1×, and never relearned."""
-    names = ("asr", "asr_baseline", "steps_to_relearn_ratio")
-    return [(metrics.get(name) or {}).get("value") for name in names] == [0, 0, None]
+    """Return whether the attack works on neither model: 0 % at 1×, and never relearned; by usable
+    attacks where these were measured.
+    """
+    usable = "" if value_of(metrics, "asr_usable") is None else "_usable"
+    names = (f"asr{usable}", f"asr{usable}_baseline", f"steps_to_relearn{usable}_ratio")
+    return [value_of(metrics, name) for name in names] == [0, 0, None]
 
 
 @dataclass
@@ -216,8 +216,10 @@ def _reasons(record: Record) -> list[str]:
         out.append("The attack is too weak: it does not bring the targets back in the baseline.")
     if rows:
         out.append("Passes {} of {} checks.".format(*count_checks(record)))
-    unmet = [check for check in rows if not check["passed"]]
-    out += [capitalized(f"{check_word(check)}: {sentence(check_text(check))}") for check in unmet]
+    for check in (check for check in rows if not check["passed"]):
+        figure = f"{measured(check)} (required {check['required']})"
+        figure = figure if check["value"] is not None else check["note"] or "not measured"
+        out.append(sentence(f"{capitalized(check_word(check))}: {check['check']}: {figure}"))
     return out or [sentence(verdict["note"])]
 
 

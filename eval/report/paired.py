@@ -119,9 +119,7 @@ def holm(values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6(2),
     1979, 65-70): below 0.05, a difference is significant with an error of 5 % over all of them.
     """
-    order, largest = np.argsort(values), 0.0
-    corrected = [0.0] * len(values)
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
-        corrected[i] = largest
-    return corrected
+    order, n = np.argsort(values), len(values)
+    corrected = np.empty(n)
+    corrected[order] = np.maximum.accumulate(np.sort(values) * np.arange(n, 0, -1)).clip(max=1)
+    return corrected.tolist()

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,9 @@ from eval.report.words import (
     UNMEASURED,
     Metric,
     figure,
-    heading,
     measured,
     shortened,
 )
-from lab.core.types import BASELINE
 
 # the light colours of report.html.j2, which has the dark ones by the same names; series 0 is the
 # baseline, 1 is highlighted
@@ -54,7 +51,7 @@ COLORS = {
 SHAPES: dict[Tone, str] = {"good": "o", "bad": "X", "unsure": "D", "neutral": "s", "error": "X"}
 DASHES: tuple[Any, ...] = ((0, (4, 2)), "solid", "solid", (0, (6, 1.5)), "solid", "dashdot", ":")
 MARKERS = ("", "o", "s", "^", "D", "v", "P")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "immunization-bench",
     "font.size": 9.0,
@@ -110,7 +107,7 @@ def line_of(curve: dict[str, Any], name: str, label: str, index: int | None) -> 
     return Line(label, index, curve["step"], curve[name], *band)
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def lines_plot(
     lines: Sequence[Line],
     *,
@@ -124,17 +121,27 @@ def lines_plot(
     ticks: Sequence[str] = (),
     is_scatter: bool = False,
 ) -> Markup:
-    """Return series over x with their bands; an empty string where nothing can be drawn.
+    """Return series over x with their bands, and a legend of several; an empty string where nothing
+    can be drawn.
 
     Args:
         reference: height of a thin horizontal line. mark: (x, text) of a thin vertical line.
         clip: what of the y axis is shown. ticks: names of the positions 0, 1, … of x.
         is_scatter: points are not connected.
     """
-    fig = _lines_figure(lines, x, y, log, is_scatter or bool(ticks))
-    (axes,) = fig.axes
+    fig = Figure(figsize=(4.4, 2.75))
+    axes = fig.add_axes((0.15, 0.18, 0.81, 0.74))
+    axes.set(xlabel=x, ylabel=y)
+    for line in lines:
+        _draw_line(axes, line, log, is_scatter or bool(ticks))
     if not axes.lines:
         return Markup("")
+    axes.xaxis.set_major_formatter(tick)
+    axes.yaxis.set_major_formatter(tick)
+    for side in log:
+        set_log(axes, side)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend()
     if ticks:
         axes.set_xticks(range(len(ticks)), [shortened(tick, 14) for tick in ticks])
     if reference is not None:
@@ -146,36 +153,6 @@ def lines_plot(
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, clip[0]), min(high, clip[1]))
     return to_svg(fig, f"{title}: {y} against {x}")
-
-
-@rc_context(_STYLE)
-def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
-    """Write one curve of a record as a PNG with a legend, on white, for dashboards."""
-    names = sorted(series_of(curve), key=lambda series: series != BASELINE)
-    first = 0 if BASELINE in names else 1
-    lines = [line_of(curve, series, series, i) for i, series in enumerate(names, first)]
-    fig = _lines_figure(lines, curve["x"], curve["y"], curve["log"])
-    fig.axes[0].set_title(heading(name))
-    fig.savefig(path, dpi=160)
-    return path
-
-
-def _lines_figure(
-    lines: Sequence[Line], x: str, y: str, log: str, is_scatter: bool = False
-) -> Figure:
-    """Draw series with their bands, and a legend of several."""
-    fig = Figure(figsize=(4.4, 2.75))
-    axes = fig.add_axes((0.15, 0.18, 0.81, 0.74))
-    axes.set(xlabel=x, ylabel=y)
-    for line in lines:
-        _draw_line(axes, line, log, is_scatter)
-    axes.xaxis.set_major_formatter(tick)
-    axes.yaxis.set_major_formatter(tick)
-    for side in log if axes.lines else "":
-        set_log(axes, side)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend()
-    return fig
 
 
 def _draw_line(axes: Axes, line: Line, log: str, is_scatter: bool) -> None:
@@ -234,7 +211,7 @@ def set_log(axes: Axes, side: str) -> None:
 Method = tuple[str, Tone, dict[str, Metric | None]]
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def forest(
     methods: Sequence[Method],
     limits: dict[str, tuple[str, float] | None],
@@ -304,35 +281,6 @@ def _ends(metric: Metric) -> tuple[float, float, float]:
     value = metric["value"]
     low, high = (value if metric[k] is None else metric[k] for k in ("low", "high"))
     return low, value, high
-
-
-@rc_context(_STYLE)
-def scatter(
-    points: dict[str, tuple[Metric, Metric]], limits: tuple[float, float], x: str, y: str
-) -> Figure:
-    """Draw a point with its 95 % intervals per method, the first one highlighted.
-
-    Args:
-        points: label → metrics on the horizontal and the vertical axis.
-        limits: largest x and smallest y that pass; this region is shaded.
-    """
-    fig = Figure(figsize=(8.5, 4.2), layout="constrained")
-    axes = fig.add_subplot()
-    for i, (label, metrics) in enumerate(points.items()):
-        x_error, y_error = ([[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in metrics)
-        style: Any = (
-            {"markersize": 7, "elinewidth": 0.7} if i else {"markersize": 11, "elinewidth": 2}
-        )
-        style |= {"fmt": "os^DvPX*"[i % 8], "label": label, "zorder": 3 + i}
-        axes.errorbar(metrics[0]["value"], metrics[1]["value"], y_error, x_error, **style)
-    for side in "xy":
-        set_log(axes, side)
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.fill_between([left, limits[0]], limits[1], top, color=COLORS["good"], alpha=0.13, lw=0)
-    axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
-    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=x, ylabel=y)
-    fig.legend(loc="outside right upper")
-    return fig
 
 
 # ---- SVG

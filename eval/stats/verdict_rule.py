@@ -127,27 +127,6 @@ def figure_text(figure: Score) -> str:
     return f"{lead}{figure.value:.3g}" + ("" if bare else f" [{figure.low:.3g}, {figure.high:.3g}]")
 
 
-def _check_text(check: Check) -> str:
-    if check.figure.value is None:
-        return f"{check.what}: {check.figure.note}"
-    open_limit = check.result == "inconclusive" and check.figure.bound is not None
-    reason = "; a limit, which more steps (budget.multiple) would settle" if open_limit else ""
-    note = f"; {check.figure.note}" if check.result == "inconclusive" and check.figure.note else ""
-    return f"{check.what} {figure_text(check.figure)} (required {check.required}{reason}{note})"
-
-
-def checks_text(checks: Sequence[Check]) -> str:
-    """Say for each side that it passes, or which of its checks fail or are inconclusive."""
-    parts = []
-    for side in ROLES:
-        passes = side_result(checks, side) == "passes"
-        for result in ("passes",) if passes else ("fails", "inconclusive"):
-            texts = [_check_text(c) for c in checks if c.side == side and c.result == result]
-            if texts:
-                parts.append(f"{side} side {result}: {'; '.join(texts)}")
-    return ". ".join(parts)
-
-
 def verdict_scores(
     run: RunView,
     checks: Sequence[Check],
@@ -155,7 +134,8 @@ def verdict_scores(
     remark: str | None = None,
 ) -> Scores:
     """Return ``verdict``, ``verdict_share`` (the share of seeds × cases in which the same rule
-    holds) and the table of checks. The note of the verdict begins with its `Result`.
+    holds) and the table of checks. The note of the verdict begins with its `Result`; reports
+    say why by the table.
 
     A case whose immunization diverged is a failure: the verdict is 0 then, and the share counts it.
 
@@ -172,7 +152,8 @@ def verdict_scores(
     lost, total = len(run.diverged), sum(map(len, held))
     failed = f"{lost} of {total} cases diverged and count as failures" if lost else None
     result = "fails" if lost else verdict_result(checks)
-    reason = ". ".join(filter(None, (result, failed, checks_text(checks), remark)))
+    sides = ", ".join(f"{side} side {side_result(checks, side)}" for side in ROLES)
+    reason = ". ".join(filter(None, (result, failed, sides, remark)))
     verdict = Score(float(result == "passes"), n=len(held), note=reason)
     note = joined("share of seeds × cases where the verdict holds", failed)
     share = score_samples(held, "higher", "no case", note=note, bounds=SHARE)

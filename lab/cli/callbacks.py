@@ -51,24 +51,23 @@ class SweepLeaderboard(Callback):
             SystemExit: a job failed; Hydra only warns of other exceptions.
         """
         from lab.cli.tables import publish
-        from lab.cluster.status import lost_runs, read_process, run_folders
+        from lab.cluster.status import read_process, read_queue, run_folders, state_of
         from lab.core.record import readable
 
         folder = Path(config.hydra.sweep.dir)
         loaded, broken = readable(sorted(folder.rglob("record.json"), key=_order))
         for error in broken:
             print(f"error: {error}", file=sys.stderr)
-        lost = lost_runs([folder])
-        for record in lost:
-            print(f"{record['content_hash']} {record['error']['message']}", file=sys.stderr)
+        failed = [EXIT_DEFECT for _ in broken]
         if loaded:  # a dry run has none
-            publish(loaded, folder, lost)
-        failed = [EXIT_DEFECT for _ in [*broken, *lost]]
-        for place in run_folders([folder]):  # a launched job that was refused has left no record
-            process = read_process(place)
-            if process.get("ended") == "failed" and not (place / "record.json").is_file():
-                print(f"error: {place.name}: {process['message']}", file=sys.stderr)
-                failed.append(EXIT_USER)
+            publish(loaded, folder)
+        unrecorded = [p for p in run_folders([folder]) if not (p / "record.json").is_file()]
+        queue = read_queue() if unrecorded else None
+        for place in unrecorded:
+            state, _, message = state_of(place, read_process(place), queue)
+            if state in ("failed", "killed"):
+                print(f"error: {place.name}: {message}", file=sys.stderr)
+                failed.append(EXIT_USER if state == "failed" else EXIT_DEFECT)
         discard(folder)
         if code := max([*self.codes, *failed, *map(exit_code, loaded)]):
             sys.exit(code)

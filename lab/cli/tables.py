@@ -13,22 +13,16 @@ from eval.report import compare as comparing
 from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_csv, to_markdown, to_text
 from lab import api
-from lab.cluster.status import lost_runs
 from lab.core import record as records
 from lab.core.errors import UserErrors
 from lab.core.hashing import write_atomically
 from lab.runner.batch import relative
 
 
-def publish(
-    loaded: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
-) -> None:
-    """Write leaderboard (Markdown, CSV) and report of ``loaded`` to ``folder``.
-
-    ``lost`` have a row in the leaderboard, see `lab.cluster.status.lost_runs`.
-    """
+def publish(loaded: Sequence[records.Record], folder: Path) -> None:
+    """Write leaderboard (Markdown, CSV) and report of ``loaded`` to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = leaderboard([*loaded, *lost])
+    rows = leaderboard(loaded)
     for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
     print(f"\n{to_text(rows)}")
@@ -61,10 +55,9 @@ def write_report(cfg: DictConfig) -> None:
 
 def write_leaderboard(cfg: DictConfig) -> None:
     """Write the leaderboard and the report over any set of records."""
-    places = [Path(place) for place in cfg.records or [cfg.paths.runs]]
     with _loaded(cfg) as loaded:
         if loaded:
-            publish(loaded, Path(cfg.paths.outputs), lost_runs(places))
+            publish(loaded, Path(cfg.paths.outputs))
 
 
 def write_comparison(cfg: DictConfig) -> None:

@@ -58,18 +58,12 @@ class Launch:
     args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        gpus, name = torch.cuda.device_count(), self.name
-        if name == "multi_gpu" and not torch.cuda.is_available():
+        if self.name == "multi_gpu" and not torch.cuda.is_available():
             fix = "torch sees no CUDA device here; use launch=cpu, or none for one process."
-            raise UserError("launch", name, fix)
+            raise UserError("launch", self.name, fix)
         if self.total % self.num_machines:
             fix = f"must be a multiple of launch.num_machines={self.num_machines}."
             raise UserError("launch.num_processes", self.total, fix)
-        if name == "multi_gpu" and len(self.ranks) > gpus:
-            fix = f"is more than one per GPU: torch sees {gpus} on this machine."
-            raise UserError("launch.num_processes", self.total, fix)
-        if self.machine_rank >= self.num_machines:
-            raise UserError("launch.machine_rank", self.machine_rank, "counts from 0.")
         if self.num_machines > 1 and None in (self.main_process_ip, self.main_process_port):
             fix = "several machines need to know where the first one listens: set its port too."
             raise UserError("launch.main_process_ip", self.main_process_ip, fix)
@@ -130,6 +124,7 @@ def launch(cfg: DictConfig, folder: Path) -> None:
         # process 0 could write none; it writes none of a user's mistake
         if first_machine and not record.is_file() and explain(error) is None:
             run = Run(cfg, folder)
+            run.waiting = list(run.pipeline.immunize_cells())
             run.fail(error)
             write_failed_record(run)
         raise

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.core.record import Record
 from lab.runner.batch import PROCESS, is_claimed
 from lab.runner.experiment import relative
 
@@ -28,8 +26,6 @@ ORDER = (
     *("queued", "running", "ok", "diverged", "failed"),
     *("preempted", "killed", "unknown", "unreadable"),
 )
-CONTINUE = "the same command continues it"
-CONFIG = ".hydra/config.yaml"
 
 
 class QueueEntry(NamedTuple):
@@ -97,7 +93,7 @@ def read_queue() -> dict[str, QueueEntry] | None:
 
 def run_folders(places: Sequence[Path]) -> list[Path]:
     """Return the folders of runs below ``places``, begun or done."""
-    names = ("record.json", PROCESS, CONFIG)  # Hydra writes its config first
+    names = ("record.json", PROCESS, ".hydra/config.yaml")  # Hydra writes its config first
     paths = {path for place in places for name in names for path in place.rglob(name)}
     folders = {path.parents[1] if path.parent.name == ".hydra" else path.parent for path in paths}
     return sorted(folders)
@@ -132,7 +128,7 @@ def state_of(folder: Path, process: dict[str, Any], queue: dict[str, QueueEntry]
         return str(process["ended"]), None, str(process.get("message") or "")
     if process.get("job") and queue is None:
         return "unknown", None, f"Slurm job {process['job']} left no record, and no Slurm answers"
-    return "killed", None, f"no record and no living process: {CONTINUE}"
+    return "killed", None, "no record and no living process: the same command continues it"
 
 
 def last_stage(folder: Path) -> str:
@@ -140,44 +136,3 @@ def last_stage(folder: Path) -> str:
     path = folder / "run.log"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return lines[-1].partition(": ")[2] if lines else "begins"
-
-
-def lost_runs(places: Sequence[Path]) -> list[Record]:
-    """Return a stand-in for the record of every killed run: status ``failed``, no figures.
-
-    Tables show them. The run's settings are those that Hydra noted; a run that was killed before
-    is left out.
-    """
-    folders = run_folders([place for place in places if place.is_dir()])
-    folders = [folder for folder in folders if not (folder / "record.json").is_file()]
-    queue = read_queue() if folders else None
-    states = {folder: state_of(folder, read_process(folder), queue)[0] for folder in folders}
-    stand_ins = [_stand_in(folder) for folder, state in states.items() if state == "killed"]
-    return [record for record in stand_ins if record is not None]
-
-
-def _stand_in(folder: Path) -> Record | None:
-    try:
-        cfg = OmegaConf.load(folder / CONFIG)
-        config = OmegaConf.to_container(cfg, resolve=True)
-    except (OSError, OmegaConfBaseException):
-        return None
-    if not isinstance(config, dict) or config.get("action", "run") != "run":
-        return None
-    seeds = cfg.seeds if OmegaConf.is_list(cfg.seeds) else [cfg.seeds]
-    message = f"left no record; {CONTINUE}"
-    return {
-        "name": f"{cfg.name}/{cfg.immunize.name}",
-        "status": "failed",
-        "scenario": str(cfg.scenario.name),
-        "backbone": str(cfg.backbone.name),
-        "immunizer": str(cfg.immunize.name),
-        "attacks": list(cfg.attacks),
-        "seeds": list(seeds),
-        "config": records.clean(config),
-        "metrics": {},
-        "tables": {},
-        "notes": [],
-        "content_hash": folder.name,
-        "error": {"type": "Killed", "message": message, "key": None, "last_good_step": None},
-    }

@@ -40,7 +40,7 @@ VOLATILE_CONFIG = (
     "fail_on",
     "verbose",
     "remark",
-    "push_to",
+    "push_to",  # of records that were made when the option existed
     "export",
     "launch",
     "search",

@@ -30,7 +30,7 @@ from lab.core.record import Record
 from lab.core.sources import ROOT
 from lab.models.diffusion_backbone import locate_folder
 from lab.release.verify import FACTS
-from lab.runner.assemble import Parts, assemble, read_fail_on
+from lab.runner.assemble import Parts, as_list, assemble, read_fail_on
 from lab.runner.experiment import relative, run_once
 from lab.scenarios.concept_folders import read_entries
 
@@ -102,11 +102,6 @@ def _check_groups(cfg: DictConfig) -> None:
             raise UserError(group, cfg[group].name, message)
 
 
-def _listed(value: Any) -> list[str]:
-    """Return a config value that is a list, a single word or null."""
-    return [value] if isinstance(value, str) else list(value or ())
-
-
 def _read_concepts(cfg: DictConfig) -> None:
     """Put the concepts of the file into the scenario."""
     if cfg.concepts is not None:
@@ -129,7 +124,7 @@ def _check_scorers(cfg: DictConfig) -> None:
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         scorers = instantiate(cfg.scorers)
-        for kind in _listed(cfg.eval.audit.similarities):
+        for kind in as_list(cfg.eval.audit.similarities):
             encode(scorers, kind, image)
     finally:
         constants.HF_HUB_OFFLINE = before

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shlex
 import shutil
@@ -22,10 +21,11 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from attacks.diffusion.export import export as write_attack_weights
 from eval.report.leaderboard import columns
@@ -54,12 +54,10 @@ from lab.release.verify import (
     RECORD,
     SUMS,
     WEIGHTS,
-    changed_tensors,
     check,
-    save_delta,
     write_sums,
 )
-from lab.runner.assemble import assemble, find_targets
+from lab.runner.assemble import as_list, assemble, find_targets
 from lab.runner.experiment import relative
 from lab.runner.pipeline import Pipeline
 
@@ -72,24 +70,17 @@ _PACKAGES = ("immunization-bench", "torch", "diffusers", "transformers", "timm",
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write what ``records`` and ``export`` choose to ``path``; check a model, push it if asked.
+    """Write what ``records`` and ``export`` choose to ``path``; check a model.
 
     Returns:
         the folder: ``path``, or one below the outputs.
 
     Raises:
         UserError: not exactly one record, a choice that does not exist, weights or originals that
-            are not there, a target folder that is not empty, a repository that cannot be pushed to.
+            are not there, a target folder that is not empty.
     """
     stage = "immunize" if cfg.export.attack is None and cfg.export.task is None else "attack"
-    if cfg.push_to is not None and (stage == "attack" or not os.environ.get("HF_TOKEN")):
-        message = (
-            "is for immunized models, not for attacks, and needs a token with write access in the "
-            "environment variable HF_TOKEN."
-        )
-        raise UserError("push_to", cfg.push_to, message)
-    places = [cfg.records] if isinstance(cfg.records, str) else [str(p) for p in cfg.records]
-    paths = records.find(places, Path(cfg.paths.runs))
+    paths = records.find(as_list(cfg.records), Path(cfg.paths.runs))
     if len(paths) != 1:
         message = "export needs exactly one: records=RUN/record.json."
         raise UserError("records", f"{len(paths)} records", message)
@@ -111,8 +102,6 @@ def export(cfg: DictConfig) -> Path:
         write(record, cell, rebuild(record, cell, cfg), folder)
         print(*check(folder, base=cfg.export.base), sep="\n")
     print(f"export: {relative(folder)}")
-    if cfg.push_to is not None:
-        print(f"pushed: {push(folder, str(cfg.push_to))}")
     return folder
 
 
@@ -305,6 +294,12 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``after`` that differ from those of ``before``."""
+    old = before.state_dict()
+    return {k: v for k, v in after.state_dict().items() if not v.equal(old[k].to(v.device))}
+
+
 def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
     published, released = release.published, release.released
     changed = changed_tensors(published, released)
@@ -320,14 +315,16 @@ def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:
             _write_json(path, content)
-    save_delta(published, released, folder / DELTA)
-    state = released.unet.state_dict()
+    state, base = released.unet.state_dict(), state_hash(published.unet.state_dict())
+    delta = {name: state[name] for name in changed_tensors(published.unet, released.unet)}
+    # one key: safetensors writes several in another order every time
+    save_file({k: v.cpu().contiguous() for k, v in delta.items()}, folder / DELTA, {"base": base})
     immunized = changed_tensors(release.original, released)
     return {
         "kind": "diffusion",
         "pipeline": released.pipeline_class,
         "unet": state_hash(state),
-        "base_unet": state_hash(published.unet.state_dict()),
+        "base_unet": base,
         "changed": {"tensors": len(changed), "of": len(state)},
         "immunized": {name: name.removeprefix("unet.") for name in immunized},
     }
@@ -463,31 +460,3 @@ def format_settings(node: dict[str, Any]) -> str:
     plain = flatten({key: value for key, value in node.items() if key not in _SKIPPED})
     shown = {key: value for key, value in plain.items() if not key.endswith("_target_")}
     return ", ".join(f"`{key}={typed(value)}`" for key, value in shown.items())
-
-
-# ---- hub
-
-
-def push(folder: Path, name: str) -> str:
-    """Upload ``folder`` to a private repository, made where there is none, and return its address.
-    An earlier export in it is replaced: files that the new one lacks go.
-
-    Raises:
-        UserError: the hub refuses, or the repository is public or holds something else.
-    """
-    token = os.environ["HF_TOKEN"]
-    api = HfApi(token=token)
-    try:
-        url = api.create_repo(name, private=True, exist_ok=True)
-        files = {*api.list_repo_files(url.repo_id)} - {".gitattributes"}
-        if not api.repo_info(url.repo_id).private or (files and FACTS not in files):
-            message = f"is public, or holds files and no {FACTS}: it is no earlier export."
-            raise ValueError(message)
-        title = "Immunized model with card, record and hashes"
-        api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, delete_patterns="*", commit_message=title
-        )
-    except Exception as error:  # the client raises its own, httpx's and OS errors
-        reason = str(error).replace(token, "***")
-        raise UserError("push_to", name, f"the upload failed: {reason}") from None
-    return str(url)

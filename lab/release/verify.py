@@ -1,4 +1,4 @@
-"""The layout of an exported folder, sums and delta included, and its check (``action=verify``)."""
+"""The layout of an exported folder, sums included, and its check (``action=verify``)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import timm
 import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from eval.report.outcomes import outcome
 from lab.core import record as records
@@ -69,46 +69,6 @@ def find_differences(folder: Path) -> list[str]:
         elif file_hash(path) != listed[name]:
             lines.append(f"{name} was altered: its SHA-256 is not that of {SUMS}")
     return lines
-
-
-# ---- delta
-
-
-def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of ``after`` that differ from those of ``before``."""
-    old = before.state_dict()
-    return {k: v for k, v in after.state_dict().items() if not v.equal(old[k].to(v.device))}
-
-
-def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
-    """Write the U-Net tensors in which ``immunized`` differs from ``base``, in full, as
-    safetensors; its metadata hold the `state_hash` of the base's U-Net.
-    """
-    tensors = changed_tensors(base.unet, immunized.unet)
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one key: safetensors writes several in another order every time
-    metadata = {"base": state_hash(base.unet.state_dict())}
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
-    return path
-
-
-def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
-    """Return a copy of ``model`` with the tensors of ``file``, bit for bit; ``model`` is the base
-    that the file was made from.
-
-    Raises:
-        UserError: no delta, or of another base.
-    """
-    with safe_open(file, "pt") as handle:
-        base = (handle.metadata() or {}).get("base")
-    tensors = load_file(file)
-    state = model.unet.state_dict()
-    if state_hash(state) != base:
-        raise UserError("delta", file, f"belongs to the base with SHA-256 {base}; load that base.")
-    result = model.copy()
-    result.unet.load_state_dict({**state, **tensors})
-    return result
 
 
 # ---- the check
@@ -244,16 +204,20 @@ def check_delta(
     options = {key: config.get(key) for key in ("revision", "variant", "resolution")}
     path = base or config["path"]
     dtype = next(iter(tensors.values())).dtype
+    with safe_open(folder / DELTA, "pt") as handle:
+        expected = (handle.metadata() or {}).get("base")
     try:
         original = DiffusionBackbone(path=path, device="cpu", **options).build(None, 0).to(dtype)
-        patched = load_delta(original, folder / DELTA)
+        state = original.unet.state_dict()
+        if state_hash(state) != expected:
+            raise UserError("export.base", path, f"{DELTA} belongs to the base {expected}.")
     except UserError as error:
         if base is None:
             return f"not checked; name the original: export.base=DIR ({error})"
         raise
+    hashes = [state_hash(state), state_hash(state | load_file(folder / DELTA))]
     if dtype == torch.float16:
         original.vae.float()  # as `lab.models.diffusion_backbone` does
-    hashes = [state_hash(m.unet.state_dict()) for m in (original, patched)]
     if hashes != [facts["base_unet"], facts["unet"]]:
         raise ValueError(f"unet is not the original plus {DELTA}")
     original.float()

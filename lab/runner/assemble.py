@@ -167,10 +167,14 @@ def _group(config: Any, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in config.items()}
 
 
+def as_list(value: Any) -> list[str]:
+    """Return a config value that is a list, a single word or null."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
 def read_fail_on(cfg: DictConfig) -> list[str]:
     """Return the verdicts that end the command with an exit code of their own."""
-    value = cfg.get("fail_on")  # records of older schemas have none
-    words = [value] if isinstance(value, str) else list(value or ())
+    words = as_list(cfg.get("fail_on"))  # records of older schemas have none
     for word in words:
         if word not in VERDICTS:
             raise UserError("fail_on", word, nearest(str(word), VERDICTS))

@@ -85,12 +85,8 @@ class Cell:
     @property
     def part(self) -> str:
         """The config key of the part that computes it."""
-        return config_key(self.stage, self.attack or self.metric)
-
-
-def config_key(stage: str, name: str | None) -> str:
-    """Return the config key of the attack or metric ``name``, or of the immunizer."""
-    return {"immunize": "immunize", "attack": f"attacks.{name}", "eval": f"eval.{name}"}[stage]
+        keys = {"attack": f"attacks.{self.attack}", "eval": f"eval.{self.metric}"}
+        return keys.get(self.stage, "immunize")
 
 
 class Pipeline:
@@ -121,8 +117,6 @@ class Pipeline:
         """Load the cases of ``seed`` once."""
         if seed not in self._data:
             loaded = self.parts.scenario.load(seed)
-            if not loaded.cases:
-                raise UserError("scenario", self.scenario, "has no cases.")
             self._data[seed] = loaded
             self.data_hash[str(seed)] = loaded.data_hash
             self.notes.update(dict.fromkeys(loaded.notes))
@@ -439,10 +433,6 @@ def check_scores(scores: Any, metric: str) -> None:
     if not isinstance(scores, Scores):
         raise ValueError(f"eval.{metric} must return Scores, not {type(scores).__name__}")
     reason = records.violation(records.scores_json([scores]))
-    for name, score in scores.metrics.items():
-        numbers = [x for x in (score.value, score.low, score.high) if x is not None]
-        if not all(map(math.isfinite, numbers)):
-            reason = f"metrics/{name}: a number is not finite"
     for name, curve in scores.curves.items():
         if len({len(line) for key, line in curve.items() if key not in ("x", "y", "log")}) > 1:
             reason = f"curves/{name}: its lines differ in length"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from math import prod
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from lab.core.types import BASELINE
-from lab.runner.pipeline import Cell, Pipeline, config_key
+from lab.runner.pipeline import Cell, Pipeline
 
 log = logging.getLogger("progress")  # conf/hydra/job_logging/quiet.yaml shows it on the terminal
 
@@ -27,14 +22,13 @@ STEP_SECONDS = {
     "diffusion": {"immunize": 1.0, "attack": 0.11, "eval": 6.0},
 }
 SAMPLING_SECONDS = 0.013  # for a sampler step of one image; an attack generates at each snapshot
-NEWEST = 20  # records that times are read from
 
 
 class StagePlan:
     """The stages of a run in order, and an estimate of their time.
 
-    A stage takes as long as those of its part in this run so far, or in earlier runs with the same
-    options, or else as many steps as it has times `STEP_SECONDS`.
+    A stage takes as long as those of its part in this run so far, or else as many steps as it has
+    times `STEP_SECONDS`.
 
     Attributes:
         cells: all stages.
@@ -49,7 +43,6 @@ class StagePlan:
         self.missing = {cell.title for cell in absent}
         self.costly = {cell.title for cell in absent if cell.shards}
         self.measured: dict[str, list[float]] = {}  # part → seconds in this run
-        self.earlier = read_times(cfg) if self.missing else {}
         steps = {"attack": pipeline.budget.steps, "eval": 1}
         steps["immunize"] = cfg.immunize.get("steps") or cfg.immunize.get("epochs") or 1
         default = STEP_SECONDS[pipeline.parts.backbone.kind]
@@ -60,27 +53,26 @@ class StagePlan:
             self.default["attack"] += SAMPLING_SECONDS * images * sampling.steps
         # trials of searches, as a mean over the attacks
         searches = [node.get("search") for node in cfg.attacks.values()]
-        trials = sum((s.get("steps") or 0) * count_trials(s) for s in searches if s)
+        trials = sum(
+            (s.get("steps") or 0) * (s.get("trials") or prod(map(len, s.space.values())))
+            for s in searches
+            if s
+        )
         self.default["attack"] += default["attack"] * trials / max(len(searches), 1)
 
     def seconds(self, cell: Cell) -> float:
         """Return the estimated time of a stage; 0 for one that is cached or costs nothing."""
         if cell.title not in self.costly:
             return 0.0
-        known = self.measured.get(cell.part) or self.earlier.get(cell.part)
+        known = self.measured.get(cell.part)
         return mean(known) if known else self.default[cell.stage]
 
     def describe(self) -> str:
         """Return how many stages there are, how many are cached, and the time of the others."""
-        parts = {cell.part for cell in self.cells if cell.title in self.costly}
         counts = f"{len(self.cells)} stages, {len(self.cells) - len(self.missing)} cached"
-        if not parts:
+        if not self.costly:
             return counts
-        source = "times of earlier runs with the same options"
-        if parts - self.earlier.keys():
-            partly = "partly " if parts & self.earlier.keys() else ""
-            source = f"{partly}default times of two CPU cores"
-        return f"{counts}, about {_minutes(sum(map(self.seconds, self.cells)))} ({source})"
+        return f"{counts}, about {_minutes(sum(map(self.seconds, self.cells)))} on two CPU cores"
 
     def lines(self) -> list[str]:
         """Return a line for each stage."""
@@ -102,33 +94,6 @@ class StagePlan:
         """Note how long a stage took."""
         if cell.title in self.costly and seconds is not None:
             self.measured.setdefault(cell.part, []).append(seconds)
-
-
-def count_trials(search: DictConfig) -> int:
-    """Return how many settings a search tries."""
-    size = prod(len(values) for values in search.space.values())
-    return int(search.get("trials") or size)
-
-
-def read_times(cfg: DictConfig) -> dict[str, list[float]]:
-    """Return part → seconds of its stages in the newest records, where its options are those of
-    ``cfg``.
-    """
-    own: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    files = Path(cfg.paths.runs).rglob("record.json")
-    times: dict[str, list[float]] = {}
-    for path in sorted(files, key=lambda file: file.stat().st_mtime)[-NEWEST:]:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # cut off, or of an older schema
-            record = json.loads(path.read_text())
-            config: Any = OmegaConf.create(record["config"])
-            if any(config[key] != own[key] for key in ("backbone", "scenario", "budget")):
-                continue
-            for cell in record["cells"]:
-                part = config_key(cell["stage"], cell["attack"] or cell["metric"])
-                same = OmegaConf.select(config, part) == OmegaConf.select(own, part)
-                if same and cell.get("seconds") and cell["model"] != BASELINE:
-                    times.setdefault(part, []).append(cell["seconds"])
-    return times
 
 
 def _minutes(seconds: float) -> str:

@@ -15,10 +15,9 @@ from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ValidationError
 
 from lab.core import record as records
-from lab.core.config import user_error
+from lab.core.config import bind
 
 log = logging.getLogger(__name__)
 _ABANDON_S = 5.0
@@ -105,7 +104,10 @@ class Trackers:
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         config: Any = OmegaConf.to_container(cfg, resolve=True)
-        trackers = {name: _build(name, **node) for name, node in config.pop("tracker").items()}
+        trackers: dict[str, Tracker] = {
+            name: bind(get_class(node.pop("_target_")), node, f"tracker.{name}")
+            for name, node in config.pop("tracker").items()
+        }
         self._threads = [_TrackerThread(name, tracker) for name, tracker in trackers.items()]
         for thread in self._threads:
             thread.submit(thread.tracker.start, config, folder)
@@ -131,12 +133,3 @@ class Trackers:
             if not thread.ended.wait(max(left, 0)):
                 thread.drop()
         return [t.tracker.location for t in self._threads if t.tracker.location]
-
-
-def _build(name: str, _target_: str, **options: Any) -> Tracker:
-    target = get_class(_target_)
-    try:
-        tracker: Tracker = target(**options)
-    except ValidationError as error:
-        raise user_error(error, f"tracker.{name}", target) from None
-    return tracker

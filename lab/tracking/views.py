@@ -12,7 +12,6 @@ import yaml
 
 from eval.report.words import shortened
 from lab.core import record as records
-from lab.core.types import BASELINE
 
 IMMUNIZE, ATTACK = STAGES = ("immunize", "attack")  # each has a step axis of its own
 _NAMED = ("immunize.", "attacks.", "erase.", "backbone.", "scenario.", "budget.")
@@ -77,15 +76,13 @@ def summary_values(record: records.Record) -> dict[str, float]:
 def log_media(
     module: Any, run: Any, record: records.Record, folder: Path, **table_options: Any
 ) -> None:
-    """Log tables, image grids and curves, with their interval bands, which dashboards do not draw.
+    """Log tables and image grids.
 
     Args:
         module: ``wandb``, or ``trackio``, which has the same interface.
         run: what its ``init`` returned.
-        folder: of the record. Trackers run at the same time, so each has its own folder for plots.
+        folder: of the record.
     """
-    from eval.report.plots import curve_png
-
     metrics = [{"metric": name, **score} for name, score in record["metrics"].items()]
     for name, rows in {"metrics": metrics, **record["tables"]}.items():
         frame = pd.DataFrame(rows, dtype=object)
@@ -97,21 +94,3 @@ def log_media(
         path = folder / image["path"]
         if path.is_file():
             run.log({f"images/{name}": module.Image(str(path), caption=image["caption"])})
-    plots = folder / "plots" / module.__name__
-    plots.mkdir(parents=True, exist_ok=True)
-    for name, curve in record["curves"].items():
-        png = curve_png(name, curve, plots / f"{name}.png")
-        run.log({f"plots/{name}": module.Image(str(png))})
-
-
-def files(record: records.Record, report: Path) -> dict[str, Path]:
-    """Return name → path of record, report, image grids, and immunized weights in the cache."""
-    folder = report.parent.resolve()
-    cache = Path(record["config"].get("paths", {}).get("cache", "")).resolve() / IMMUNIZE
-    images = [image["path"] for image in record.get("images", {}).values()]
-    named = {name: folder / name for name in ("record.json", report.name, *images)}
-    for cell in record["cells"]:
-        if cell["stage"] == IMMUNIZE and cell["model"] not in (None, BASELINE):
-            name = f"weights/{cell['case']}/seed{cell['seed']}.safetensors"
-            named[name] = cache / cell["key"][:2] / cell["key"] / "tensors.safetensors"
-    return {name: path for name, path in named.items() if path.is_file()}

@@ -34,7 +34,7 @@ def has_key() -> bool:
 
 @config
 class WandbTracker(Tracker):
-    """W&B's view: live curves, then curves, figures, tables, images and references.
+    """W&B's view: live curves, then curves, figures, tables, images, record and report.
 
     Curves of a stage share one step axis, and their keys do not name the immunizer: runs overlay in
     one panel. Without a key, or without a server, the run is logged offline below its run folder.
@@ -110,8 +110,8 @@ class WandbTracker(Tracker):
         views.log_media(wandb, self.run, record, report.parent, allow_mixed_types=True)
         facts = {k: record[k] for k in ("schema", "status", "content_hash")}
         artifact = wandb.Artifact(f"{self.run.id}-record", type="record", metadata=facts)
-        for name, path in views.files(record, report).items():  # nothing is uploaded or copied
-            artifact.add_reference(path.as_uri(), name=name, checksum=path.suffix == ".json")
+        for path in (report.with_name("record.json"), report):
+            artifact.add_file(str(path))
         self.run.log_artifact(artifact)
         self.run.summary.update(views.summary_values(record))
         self.run.summary.update({k: record[k] for k in ("status", "immunizer", "content_hash")})

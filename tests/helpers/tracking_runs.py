@@ -66,9 +66,6 @@ def run_folder(tmp_path):
         },
         {"pairs": [{"case": "a", "rir": 2.0}, {"case": "b", "rir": None}]},
     )
-    weights = tmp_path / "cache" / "immunize" / "12" / "1234"
-    weights.mkdir(parents=True)
-    (weights / "tensors.safetensors").write_bytes(b"weights")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 4)).save(tmp_path / "images" / "grid.png")
     (tmp_path / ".hydra").mkdir()
@@ -90,7 +87,7 @@ def run_folder(tmp_path):
         "attacks": ["linear_probe"],
         "seeds": [0],
         "notes": [],
-        "config": {"paths": {"cache": str(tmp_path / "cache")}},
+        "config": {},
         "images": {"grid": {"path": "images/grid.png", "caption": "a grid", "sha256": "0" * 64}},
         "name": "study/kappa",
         "scenario": "house_price",

@@ -8,9 +8,7 @@ import shutil
 import pytest
 from entry_point import FAST
 
-from lab.cluster.status import lost_runs
 from lab.core import record as records
-from lab.runner.batch import PROCESS
 from lab.runner.experiment import Run
 
 
@@ -111,28 +109,3 @@ def test_what_only_looks_leaves_nothing_behind(cli, tmp_path, words):
     (tmp_path / "outputs" / "runs").mkdir(parents=True)
     cli(*words)
     assert [p for p in tmp_path.rglob("*") if p.name not in ("outputs", "runs")] == []
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_keeps_its_row_in_the_table(cli, tmp_path):
-    cli("-m", *FAST, "immunize=kappa,kappa_opt")
-    (folder,) = {
-        p.parent for p in tmp_path.rglob("record.json") if p.parent.name.endswith("-kappa_opt")
-    }
-    (folder / "record.json").unlink()
-    (folder / PROCESS).unlink()  # this process lives and ended its run
-    assert [(r["immunizer"], r["error"]["type"]) for r in lost_runs([tmp_path])] == [
-        ("kappa_opt", "Killed")
-    ]
-    code, out, err = cli("action=leaderboard")
-    assert code == 0, err
-    (row,) = [line for line in out.splitlines() if "kappa_opt" in line]
-    assert "failed" in row
-    (shown,) = [
-        r
-        for r in csv.DictReader((tmp_path / "outputs/leaderboard.csv").open())
-        if r["immunizer"] == "kappa_opt"
-    ]
-    assert (shown["rank"], shown["status"]) == ("", "failed")
-    shutil.rmtree(folder / ".hydra")
-    assert lost_runs([tmp_path]) == []  # what it was to do is not known

@@ -1,12 +1,10 @@
-"""From a record to a folder that others load: models, deltas, attacks, the card, the push."""
+"""From a record to a folder that others load: models, deltas, attacks, the card."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -26,17 +24,16 @@ from lab.core.errors import UserError
 from lab.core.hashing import state_hash
 from lab.models.diffusion import DiffusionModel
 from lab.models.vision import VisionBackbone
-from lab.release import export as exporting
 from lab.release.export import (
     Release,
+    changed_tensors,
     check_trusted,
     choose,
     export,
-    push,
     rebuild,
     write,
 )
-from lab.release.verify import changed_tensors, check, read_sums
+from lab.release.verify import check, read_sums
 from lab.runner.experiment import run_once
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -198,15 +195,12 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
         (["export.model=imunized"], r"export\.model=imunized: did you mean immunized"),
         (["export.attack=lora"], r"choose a .*export\.task=mosaic.*export\.task=neon"),
         (["export.attack=lorra", "export.task=neon"], r"export\.attack=lorra: did you mean lora"),
-        (["export.attack=lora", "push_to=me/adapter"], "not for attacks"),
-        (["push_to=me/model"], "HF_TOKEN"),
         (["paths.cache=elsewhere"], r"paths\.cache=elsewhere: .*run\.py immunize=mima`"),
     ],
 )
-def test_choices_and_places_that_do_not_work(run_folder, tmp_path, monkeypatch, words, message):
+def test_choices_and_places_that_do_not_work(run_folder, tmp_path, words, message):
     (run_folder[1].parent / ".hydra").mkdir(exist_ok=True)
     (run_folder[1].parent / ".hydra" / "overrides.yaml").write_text("- immunize=mima\n")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(UserError, match=message):
         export(options(run_folder, f"path={tmp_path / 'x'}", *words))
     assert not (tmp_path / "x").exists()
@@ -246,68 +240,3 @@ def test_an_own_class_is_trusted_where_the_command_names_it(run_folder):
     cfg = options(run_folder)
     cfg.scenario._target_ = "my_concepts.Mine"
     check_trusted({"scenario": {"_target_": "my_concepts.Mine"}}, cfg)
-
-
-# ---- push
-
-
-SECRET = "hf_averysecrettoken"
-
-
-class Hub:
-    """Takes the place of the hub's client."""
-
-    def __init__(self, private=True, error=None, files=()):
-        self.private, self.error, self.sent = private, error, []
-        self.files = [".gitattributes", *files]
-
-    def create_repo(self, name, private, exist_ok):
-        assert private
-        assert exist_ok
-        return SimpleNamespace(repo_id=name)
-
-    def repo_info(self, name):
-        return SimpleNamespace(private=self.private)
-
-    def list_repo_files(self, name):
-        return self.files
-
-    def upload_folder(self, folder_path, repo_id, commit_message, delete_patterns):
-        assert delete_patterns == "*", "what an earlier push left would be surplus"
-        if self.error:
-            raise self.error
-        self.sent.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Sets the client of the hub."""
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    return lambda made: monkeypatch.setattr(exporting, "HfApi", lambda token: made) or made
-
-
-def test_push_uploads_the_checked_folder_and_shows_no_token(run_folder, hub, tmp_path, capsys):
-    client = hub(Hub())
-    export(options(run_folder, f"path={tmp_path / 'unasked'}"))
-    assert client.sent == []
-    folder = export(options(run_folder, f"path={tmp_path / 'x'}", "push_to=me/model"))
-    assert client.sent == [("me/model", sorted(p.name for p in folder.iterdir()))]
-    output = capsys.readouterr()
-    assert SECRET not in output.out + output.err
-    written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
-    assert SECRET.encode() not in written
-
-
-@pytest.mark.parametrize(
-    ("client", "message"),
-    [
-        (Hub(private=False), "is public"),
-        (Hub(files=["thesis.safetensors"]), "it is no earlier export"),
-        (Hub(files=["export.json"], error=OSError(f"401 for {SECRET}")), r"failed: 401 for \*\*\*"),
-    ],
-)
-def test_a_push_replaces_an_earlier_private_export_and_nothing_else(hub, tmp_path, client, message):
-    with pytest.raises(UserError, match=message) as raised:
-        push(tmp_path, hub(client) and "me/model")
-    assert client.sent == []
-    assert raised.value.__suppress_context__  # the context may hold the token

@@ -22,9 +22,7 @@ def read(path):
 def end(tmp_path, monkeypatch):
     """Ends a sweep: names of the published records, exit code."""
     published = []
-    monkeypatch.setattr(
-        "lab.cli.tables.publish", lambda found, folder, lost: published.extend(found)
-    )
+    monkeypatch.setattr("lab.cli.tables.publish", lambda found, folder: published.extend(found))
     monkeypatch.setattr("lab.core.record.read", read)
 
     def call(*folders):
@@ -57,4 +55,4 @@ def test_a_damaged_record_and_a_killed_job_are_told_and_stop_nothing(end, tmp_pa
     assert end(("0-a", "damaged", None), ("1-b", "ok", None)) == (["1-b"], 1)
     err = capsys.readouterr().err
     assert "0-a/record.json: was altered." in err
-    assert "2-c left no record" in err
+    assert "2-c: no record and no living process" in err

@@ -41,7 +41,8 @@ def test_slow_by_norm_ratio_but_fast_by_loss_fails() -> None:
 
     scores = Verdict()(fake(trajectories=make))
     assert scores.metrics["verdict"].value == 0
-    assert "training loss" in str(scores.metrics["verdict"].note)
+    failed = [row["check"] for row in scores.tables["verdict"] if row["result"] == "fails"]
+    assert "training loss" in str(failed)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_what_was_measured_in_some_seeds_only_does_not_pass() -> None:
     scores = Verdict()(fake(trajectories=make))
     assert scores.metrics["verdict"].value == 0
     assert scores.metrics["verdict_share"].value == pytest.approx(2 / 3)
-    assert "2 of 6 left out: the baseline made no progress" in str(scores.metrics["verdict"].note)
+    assert "2 of 6 left out: the baseline made no progress" in str(scores.tables["verdict"])
 
 
 def test_an_attack_that_breaks_on_the_immunized_model_is_no_loss_of_accuracy() -> None:
@@ -109,7 +110,7 @@ def test_an_attack_that_breaks_on_the_immunized_model_is_no_loss_of_accuracy() -
     alone = Verdict()(fake(cases=classes(), trajectories=make, attacks=("fragile",)))
     assert alone.metrics["verdict"].value == 0
     assert alone.metrics["verdict_share"].value == 0
-    assert "diverged on the immunized model only" in str(alone.metrics["verdict"].note)
+    assert "diverged on the immunized model only" in str(alone.tables["verdict"])
     accuracies = ProbeAccuracy()(
         fake(cases=classes(), trajectories=make, attacks=("fragile", "sound"))
     ).metrics

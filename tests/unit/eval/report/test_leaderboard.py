@@ -31,12 +31,15 @@ def test_outcome_says_verdict_figures_and_certainty() -> None:
     assert outcome(digits()).label == "inconclusive"  # no attack was run
 
 
-def test_an_attack_that_works_on_neither_model_is_inconclusive() -> None:
+@pytest.mark.parametrize("usable", ["", "_usable"])
+def test_an_attack_that_works_on_neither_model_is_inconclusive(usable: str) -> None:
     one = generated("mima", holds=False)
-    none = {"value": None, "low": None, "high": None, "note": "never relearned"}
-    one["metrics"]["steps_to_relearn_ratio"] |= none
-    for name in ("asr", "asr_baseline"):
-        one["metrics"][name] |= {"value": 0.0, "low": 0.0, "high": 0.0}
+    never = {"value": None, "low": None, "high": None, "note": "never relearned"}
+    zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+    metrics = one["metrics"]
+    metrics[f"steps_to_relearn{usable}_ratio"] = metrics["steps_to_relearn_ratio"] | never
+    for end in ("", "_baseline"):
+        metrics[f"asr{usable}{end}"] = metrics[f"asr{end}"] | zero
     assert outcome(sealed(one)).label == "inconclusive"
 
 
@@ -129,15 +132,13 @@ def test_only_the_same_attacks_budget_and_cases_compete() -> None:
     assert "two attacks, 200 of 1000 steps" in rows[2].title + rows[3].title
 
 
-def test_a_run_that_ended_early_stands_where_it_was_asked_to() -> None:
-    """With what was asked for alike; one that was killed has no cells (`lab.cluster.status`)."""
+def test_a_run_that_failed_stands_where_it_was_asked_to() -> None:
     first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
     second = sealed(second | {"attacks": ["linear_probe"]})
-    early = sealed(failed() | {"attacks": ["linear_probe"], "config": second["config"]})
-    killed = {k: v for k, v in early.items() if k != "cells"} | {"immunizer": "killed"}
-    rows = leaderboard([early, killed, first, second])
+    asked = {key: second[key] for key in ("attacks", "config", "cells")}
+    rows = leaderboard([sealed(failed() | asked), first, second])
     titles = {r.record["immunizer"]: r.title for r in rows}
-    assert titles["kappa_imma"] == titles["killed"] == titles["second"] != titles["first"]
+    assert titles["kappa_imma"] == titles["second"] != titles["first"]
 
 
 # ---- text

@@ -9,7 +9,7 @@ from torch import nn
 
 from eval.stats.intervals import score_samples
 from lab.core import sources
-from lab.core.hashing import digest
+from lab.core.hashing import digest, state_hash
 from lab.core.seeding import derive, generator
 from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
 from lab.models.activations import features, prefix
@@ -152,3 +152,10 @@ def test_source_hash_of_an_own_module_follows_its_helpers(tmp_path, monkeypatch)
     write_modules(package, __init__="", attack="from .part import X\nfrom . import more\n", part="")
     assert changes("own_attack_x", tmp_path / "own_helper_x.py")
     assert changes("own_package_x.attack", package / "more.py")
+
+
+def test_the_hash_of_a_state_knows_names_shapes_and_dtypes():
+    a = torch.arange(4, dtype=torch.float32)
+    states = [{"a": a}, {"b": a}, {"a": a.view(2, 2)}, {"a": a.view(torch.int32)}]
+    hashes = {state_hash(state) for state in [*states, {"a": a, "b": a}]}
+    assert len(hashes) == 5

@@ -55,10 +55,7 @@ def test_wandb_offline_without_a_key(offline):
     assert (summary["rir"], summary["rir_low"], summary["rir_high"]) == (12.5, 10.0, 14.0)
     assert summary["content_hash"] == records.read(offline / "record.json")["content_hash"]
     (artifact,) = [a for a in artifacts if a.type == "record"]
-    entries = {e.path: e for e in artifact.manifest.contents}
-    weights = "weights/c/seed0.safetensors"
-    assert set(entries) == {"record.json", "report.html", "images/grid.png", weights}
-    assert entries["record.json"].ref == (offline / "record.json").as_uri()
+    assert {e.path for e in artifact.manifest.contents} == {"record.json", "report.html"}
 
 
 def test_curves_of_a_stage_share_one_axis_and_do_not_name_the_immunizer(offline):
