@@ -25,6 +25,8 @@ from typing import Any
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from matplotlib import rc_context
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -146,8 +148,9 @@ def plot(page: Path, records: str, alt: str, rows: dict[str, str]) -> str:
 
 
 def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
-    """Return the relearning slowdown of the least-protected target, and that of the slowest other
-    concept, per label of ``rows``, and what the verdict of the last record requires of both.
+    """Return the slowdown of the slowest other concept, the relearning slowdown of the
+    least-protected target, and the share of unrelated detections that is lost, per label of
+    ``rows``, and what the verdict of the last record requires of them.
     """
     points: dict[str, Any] = {}
     limits: dict[str, float] = {}
@@ -155,29 +158,35 @@ def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
         stored = read(records, method)
         metrics = stored["metrics"]
         counted = "usable_" if "asr_usable" in metrics else ""
-        names = f"benign_steps_{counted}ratio_worst", f"steps_to_relearn_{counted}ratio_worst"
+        names = [f"benign_steps_{counted}ratio_worst", f"steps_to_relearn_{counted}ratio_worst"]
+        names += ["utility_detection_drop"] if "utility_detection_drop" in metrics else []
         sides = [metrics[name] for name in names]
         points[label] = [{part: side[part] for part in ("value", "low", "high")} for side in sides]
         limits = stored["config"]["eval"]["concept_verdict"]
     required = [limits["max_benign_steps_ratio"], limits["min_worst_steps_ratio"]]
+    required.append(limits["max_detection_drop"])
     return {"limits": required, "points": points}
 
 
 @rc_context(STYLE)
 def draw_slowdowns(values: dict[str, Any]) -> Figure:
-    """Draw a point with its 95 % intervals per method, from what `slowdowns` returned; the first
-    one is highlighted, and the region that passes is shaded.
+    """Draw a point with its 95 % intervals per method, from what `slowdowns` returned; its colour
+    is the share of unrelated detections that is lost. The first one is highlighted, and the region
+    that passes is shaded.
     """
     limits = values["limits"]
-    fig = Figure(figsize=(8.5, 4.2), layout="constrained")
+    fig = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = fig.add_subplot()
-    for i, (label, metrics) in enumerate(values["points"].items()):
-        x_error, y_error = ([[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in metrics)
-        style: Any = (
-            {"markersize": 7, "elinewidth": 0.7} if i else {"markersize": 11, "elinewidth": 2}
+    colors = ScalarMappable(Normalize(0, 100 * limits[2]), "YlOrRd")
+    for i, (label, (x, y, *drop)) in enumerate(values["points"].items()):
+        errors = [[[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in (y, x)]
+        color = colors.to_rgba(100 * drop[0]["value"]) if drop else "lightgray"
+        style: Any = {"fmt": "os^DvPX*hp<>"[i % 12], "label": label, "zorder": 3 + i}
+        style |= {"color": color, "markeredgecolor": "black", "ecolor": "gray"}
+        style |= (
+            {"markersize": 8, "elinewidth": 0.5} if i else {"markersize": 12, "elinewidth": 1.5}
         )
-        style |= {"fmt": "os^DvPX*"[i % 8], "label": label, "zorder": 3 + i}
-        axes.errorbar(metrics[0]["value"], metrics[1]["value"], y_error, x_error, **style)
+        axes.errorbar(x["value"], y["value"], *errors, **style)
     for side in "xy":
         set_log(axes, side)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -186,6 +195,8 @@ def draw_slowdowns(values: dict[str, Any]) -> Figure:
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.set_xlabel("slowdown of the slowest benign concept, × (lower is better)")
     axes.set_ylabel("slowdown of the least-protected target, × (higher is better)")
+    bar = fig.colorbar(colors, ax=axes, extend="max", pad=0.01)
+    bar.set_label("unrelated detections lost, % (limit at the top)")
     fig.legend(loc="outside right upper")
     return fig
 
