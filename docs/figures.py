@@ -4,7 +4,7 @@ A page marks a figure by two comments, inside a sentence or around a table or pl
 
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
-``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid` or `plot`.
+``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack` or `plot`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
 page and its records differ. An image is drawn again where it shows other values, or where its file
 was deleted. Fenced blocks are left alone.
@@ -128,6 +128,22 @@ def grid(records: str, shown: str, rows: dict[str, str], columns: dict[str, str]
     return markdown([["", *columns], *body])
 
 
+def by_attack(records: str, method: str, rows: dict[str, str], columns: dict[str, str]) -> str:
+    """Return a Markdown table of one record, a row per attack.
+
+    Args:
+        records, method: The record.
+        rows: Text → attack.
+        columns: Heading → metric, which ``_ATTACK`` follows, and how to show it.
+    """
+    shown = [column.split(" ", 1) for column in columns.values()]
+    body = [
+        [label, *(score(records, method, f"{metric}_{attack}", show) for metric, show in shown)]
+        for label, attack in rows.items()
+    ]
+    return markdown([["Attack", *columns], *body])
+
+
 def markdown(lines: list[list[str]]) -> str:
     """Return a Markdown table; the first line is its head."""
     head, *body = (f"|{'|'.join(line)}|" for line in lines)
@@ -215,7 +231,7 @@ def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
 def render(page: Path, text: str) -> str:
     """Return the text of ``page`` with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
-    names = {f.__name__: f for f in (score, table, grid)}
+    names = {f.__name__: f for f in (score, table, grid, by_attack)}
     names["plot"] = functools.partial(plot, page)
 
     def replace(match: re.Match[str]) -> str:
