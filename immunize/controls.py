@@ -158,7 +158,7 @@ class OtherWeights(Immunizer):
 
 @config
 class StoredUnet(Immunizer):
-    """Puts a U-Net from a file in place of the model's: weights that a method made in an earlier
+    """Puts tensors from a file in place of the U-Net's: weights that a method made in an earlier
     run and that ship with a record (``action=export path=FILE.safetensors``).
 
     Args:
@@ -201,5 +201,6 @@ class StoredUnet(Immunizer):
     ) -> DiffusionModel:
         stored = model.copy()
         with as_user_error("immunize.path", self.path, "its layers are not the backbone's"):
-            stored.unet.load_state_dict({k: v.float() for k, v in self._read()[0].items()})
+            tensors = {k: v.float() for k, v in self._read()[0].items()}
+            stored.unet.load_state_dict(stored.unet.state_dict() | tensors)
         return stored

@@ -268,7 +268,8 @@ def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) 
 
 
 def write_unet(record: Stored, cell: dict[str, Any], release: Release, file: Path) -> Path:
-    """Write the U-Net alone, in half precision, for ``immunize=stored``.
+    """Write the tensors of the U-Net that immunization changed, in half precision, for
+    ``immunize=stored``.
 
     Raises:
         UserError: a model without a U-Net.
@@ -283,7 +284,7 @@ def write_unet(record: Stored, cell: dict[str, Any], release: Release, file: Pat
         "seed": cell["seed"],
         "record": record["content_hash"],
     }
-    state = release.released.unet.state_dict()
+    state = changed_tensors(release.original.unet, release.released.unet)
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in state.items()}
     save_file(tensors, file, {UNET_FACTS: json.dumps(facts)})
