@@ -84,11 +84,12 @@ def test_examples_run(page, tmp_path, monkeypatch, call, own_modules, stages):
                 bool(line.strip()) for line in block.text.replace("\\\n", " ").splitlines()
             )
             with monkeypatch.context() as patch:
+                extra = []
                 if "in the repository" in block.mark:
                     patch.chdir(ROOT)
+                    extra = [f"paths.outputs={tmp_path / 'out'}"]
                 for arguments in commands:
-                    out = str(tmp_path / "out")
-                    code, told = call([word.replace("$OUT", out) for word in arguments])
+                    code, told = call([*arguments, *extra])
                     assert code == block.code, f"python run.py {' '.join(arguments)}\n{told}"
 
 
