@@ -77,11 +77,11 @@ def cli(tmp_path, monkeypatch, capfd):
         ("dry_run=yess", "dry_run=yess: must be true or false"),
         ("scenario.path=/data/Müller", "inside of quotes, e.g. 'scenario.path=\"VALUE\"'"),
         ("action=leaderboard", "dry_run=True: plans action=run | search | audit only"),
-        ("paths.outputs=" + "x" * 300, "File name too long; paths.outputs=DIR"),
+        ("dry_run=false paths.outputs=" + "x" * 300, "File name too long; paths.outputs=DIR"),
     ],
 )
 def test_the_command_says_so_in_one_line_and_exits_with_2(cli, argument, message):
-    code, err = cli(argument)
+    code, err = cli(*argument.split(" "))
     assert code == 2, err
     assert message in err
     assert "Traceback" not in err
