@@ -65,7 +65,7 @@ class WorldClassifier(nn.Module):
         self.network = create_network(recipe.model, recipe.image_size, recipe.seed)
         facts, width = self.network.pretrained_cfg, self.network.num_features
         # scales and resizes as the backbone will
-        self.inputs = VisionModel((), width, facts["mean"], facts["std"], recipe.image_size)
+        self.inputs = VisionModel([], width, facts["mean"], facts["std"], recipe.image_size)
         torch.manual_seed(derive(recipe.seed, "extractor", "heads"))
         self.heads = nn.ModuleList([nn.Linear(width, len(names)) for names in NAMES.values()])
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
