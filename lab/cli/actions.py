@@ -21,7 +21,7 @@ ACTIONS = {  # imported when they are called: imports take seconds, some package
     "leaderboard": "lab.cli.tables:write_leaderboard",
     "compare": "lab.cli.tables:write_comparison",
     "status": "lab.cluster.status:status",
-    "train": "lab.minisd.train.recipe:run",
+    "train": "lab.cli.actions:train",
     "export": "lab.release.export:export",
     "verify": "lab.release.verify:verify",
     "audit": "lab.release.audit:audit",
@@ -76,6 +76,12 @@ def _act(cfg: DictConfig, folder: Path) -> int:
         label = outcome(read(folder / "record.json")).label
         return EXIT_VERDICT if label in read_fail_on(cfg) else 0
     return code if isinstance(code, int) else 0
+
+
+def train(cfg: DictConfig) -> object:
+    """Train what ``cfg.train`` describes, by ``run`` of the module that has its recipe."""
+    recipe = cfg.train._target_ if cfg.get("train") else "lab.minisd.train.recipe.Recipe"
+    return pkgutil.resolve_name(f"{recipe.rpartition('.')[0]}:run")(cfg)
 
 
 def is_launched() -> bool:

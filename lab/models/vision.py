@@ -203,15 +203,22 @@ class VisionBackbone(Backbone):
             classifier in it is ignored) or of a model that this project saved.
         image_size: side to which images are resized; None takes them as they come. Transformers
             have a fixed size and take their own where None is given.
+        made_by: the command that makes the file ``weights``, for the error where it is missing.
+
+    Raises:
+        UserError: weights that are missing, or cannot be loaded.
     """
 
     kind: ClassVar[Kind] = "deep"
     model: Text
     weights: Text = "timm"
     image_size: ImageSize | None = None
+    made_by: Text | None = None
     name: Text = "vision"
 
     def __post_init__(self) -> None:
+        if self.made_by and not Path(self.weights).expanduser().is_file():
+            raise UserError("backbone.weights", self.weights, f"is made by `{self.made_by}`.")
         if self.weights not in ("timm", "random"):
             self._load(0)  # a wrong file shows before any data is loaded
 

@@ -1,9 +1,10 @@
-"""Image classification: OpenMoji groups (D_P) against MNIST digits (D_H), from the package index
-alone, and any two image folders.
+"""Image classification: OpenMoji groups (D_P) against MNIST digits or the subgroups of one more
+group (D_H), from the package index alone, and any two image folders.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import Field
 
 from lab.core.config import Text, config
 from lab.core.data import Kind, Role, ScenarioData, Split, Task
-from lab.core.errors import UserError, as_user_error
+from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.images import SUFFIXES, read_image, stack
 from lab.core.seeding import generator, hold_out, shuffled
 from lab.core.training import progress
@@ -29,6 +30,8 @@ from lab.scenarios.mnist import digits, shuffled_digits
 from lab.scenarios.tabular import TestShare, pair_of_tasks
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
+_DIGITS = "digits"
+_FEWEST = 10  # emoji of a subgroup: two are held out
 Files = Mapping[str, Sequence[Path]]
 
 
@@ -142,15 +145,18 @@ class ImageFolders(Scenario):
 
 @config
 class OpenmojiMnist(Scenario):
-    """D_P: to which Unicode group does the emoji belong? D_H: which digit is it?
+    """D_P: to which Unicode group does the emoji belong? D_H: which digit is it, or to which
+    subgroup of one group does the emoji belong?
 
     The seven groups of images in the catalog are the classes of D_P: animals and nature, food and
     drink, people, … An emoji is drawn on a two-colour gradient at a random place and scale,
     sometimes mirrored. Test rows show emoji that no training row shows, so accuracy measures the
     group and not the drawing. MNIST digits are enlarged to the same size and repeated over three
-    channels; test digits are no training digits.
+    channels; test digits are no training digits. Where D_H is a group, D_P has the six others, and
+    the subgroups with at least ten emoji are the classes of D_H, drawn in the same way.
 
     Args:
+        harmful: ``digits``, or the name of a group, e.g. ``animals-nature``.
         size: side of the images in pixels.
         train_rows, test_rows: rows per task; classes are balanced to one row.
     """
@@ -159,39 +165,55 @@ class OpenmojiMnist(Scenario):
     size: ImageSize = 96
     train_rows: Annotated[int, Field(strict=True, ge=20)] = 2000  # so that every class has rows
     test_rows: Annotated[int, Field(strict=True, ge=20)] = 500
+    harmful: Text = _DIGITS
     name: Text = "openmoji_mnist"
 
     def __post_init__(self) -> None:
-        if self.train_rows + self.test_rows > 5000:
+        choices = {_DIGITS, *(emoji.group for emoji in catalog())}
+        if self.harmful not in choices:
+            raise UserError("scenario.harmful", self.harmful, nearest(self.harmful, choices))
+        if self.harmful == _DIGITS and self.train_rows + self.test_rows > 5000:
             fix = f"there are 5,000 digits, and test_rows={self.test_rows}; lower one of both."
             raise UserError("scenario.train_rows", self.train_rows, fix)
 
     def load(self, seed: int) -> ScenarioData:
-        groups = sorted({emoji.group for emoji in catalog()})
-        pools = _pools(groups, seed)
+        groups = sorted({emoji.group for emoji in catalog()} - {self.harmful})
+        benign, notes = self._emoji_task("openmoji", "benign", groups, "group", seed)
+        if self.harmful == _DIGITS:
+            train, test = self._digits(seed)
+            harmful = Task("mnist", "harmful", "classification", train, test, classes=10)
+            return pair_of_tasks(self.name, benign, harmful, (*notes, CREDIT), MNIST_CREDIT)
+        sizes = Counter(e.subgroup for e in catalog() if e.group == self.harmful)
+        large = sorted(name for name, size in sizes.items() if size >= _FEWEST)
+        harmful, more = self._emoji_task(self.harmful, "harmful", large, "subgroup", seed)
+        return pair_of_tasks(self.name, benign, harmful, (*notes, *more, CREDIT))
+
+    def _emoji_task(
+        self, name: str, role: Role, classes: list[str], level: str, seed: int
+    ) -> tuple[Task, tuple[str, ...]]:
+        """Return a task whose ``classes`` are values of ``level`` in the catalog, and notes."""
+        pools = _pools(classes, seed, level)
         rows = (self.train_rows, self.test_rows)
-        shown, hidden = (self._objects(pools[half], rows[half], seed, half) for half in (0, 1))
-        benign = Task("openmoji", "benign", "classification", shown, hidden, classes=len(groups))
-        train, test = self._digits(seed)
-        harmful = Task("mnist", "harmful", "classification", train, test, classes=10)
+        shown, hidden = (self._objects(pools[h], rows[h], seed, name, h) for h in (0, 1))
         counts = [sum(map(len, pool)) for pool in pools]
         notes = (
-            f"The benign task has {len(groups)} classes: {', '.join(groups)}.",
+            f"The {role} task has {len(classes)} classes: {', '.join(classes)}.",
             f"Training rows show {counts[0]} emoji, test rows {counts[1]} others.",
-            CREDIT,
         )
-        return pair_of_tasks(self.name, benign, harmful, notes, MNIST_CREDIT)
+        return Task(name, role, "classification", shown, hidden, classes=len(classes)), notes
 
-    def _objects(self, pool: Sequence[Sequence[Emoji]], rows: int, seed: int, half: int) -> Split:
-        """Return rows of D_P in seeded order; they have classes in turn, the emoji of a class in
-        turn.
+    def _objects(
+        self, pool: Sequence[Sequence[Emoji]], rows: int, seed: int, name: str, half: int
+    ) -> Split:
+        """Return rows of the task ``name`` in seeded order; they have classes in turn, the emoji of
+        a class in turn.
         """
         drawn, labels = [], []
-        order = shuffled(range(rows), seed, "openmoji", half, "order")
+        order = shuffled(range(rows), seed, name, half, "order")
         for row in progress(order, "drawing OpenMoji"):
             turn, label = divmod(row, len(pool))
             emoji = pool[label][turn % len(pool[label])]
-            drawn.append(draw(emoji, self.size, generator(seed, "openmoji", half, row)))
+            drawn.append(draw(emoji, self.size, generator(seed, name, half, row)))
             labels.append(label)
         return Split(stack(drawn), torch.tensor(labels))
 
@@ -210,10 +232,12 @@ class OpenmojiMnist(Scenario):
         return Split(x, torch.from_numpy(labels[index]))
 
 
-def _pools(groups: list[str], seed: int) -> list[tuple[Sequence[Emoji], ...]]:
-    """Return the emoji of each group in seeded order, for training and for test rows."""
-    each = ([emoji for emoji in catalog() if emoji.group == group] for group in groups)
-    order = [shuffled(own, seed, "openmoji", own[0].group) for own in each]
+def _pools(
+    classes: list[str], seed: int, level: str = "group"
+) -> list[tuple[Sequence[Emoji], ...]]:
+    """Return the emoji of each class in seeded order, for training and for test rows."""
+    each = ([emoji for emoji in catalog() if getattr(emoji, level) == name] for name in classes)
+    order = [shuffled(own, seed, "openmoji", getattr(own[0], level)) for own in each]
     return list(zip(*(hold_out(own, _HELD_OUT) for own in order), strict=True))
 
 

@@ -11,6 +11,7 @@ from eval.features.conditioning import Conditioning
 from eval.features.convergence import Convergence
 from eval.features.geometry import Geometry
 from eval.features.probe_accuracy import ProbeAccuracy
+from eval.features.tangent import Tangent
 from eval.features.verdict import Verdict
 from lab.core.types import BASELINE, IMMUNIZED, Scores
 
@@ -36,6 +37,7 @@ def test_every_trajectory_is_read_once() -> None:
         (Conditioning, "definition", "rnak"),
         (Geometry, "energy", 0.0),
         (Convergence, "rfd_smallest", 0.0),
+        (Tangent, "rows", 1),
         (ProbeAccuracy, "target_share", 2.0),
         (Verdict, "min_slowdown", 0.5),
     ],
@@ -56,7 +58,7 @@ def test_every_metric_name_is_documented() -> None:
     scores = [
         m(run) for m in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict())
     ]
-    scores.append(Conditioning(definition="ridge", ridge=1.0)(run))
+    scores += [Conditioning(definition="ridge", ridge=1.0)(run), Tangent()(run)]
     names = {n for s in scores for n in s.metrics}
     assert len(names) > 60
     assert [n for n in names if not any(p.fullmatch(n) for p in patterns)] == []

@@ -121,6 +121,15 @@ def test_checkpoints_that_cannot_be_loaded_show_before_any_data(tmp_path: Path) 
         assert (refused.value.key, refused.value.value) == ("backbone.weights", str(path))
 
 
+def test_a_missing_file_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is made by `python run"):
+        VisionBackbone(
+            model="resnet18",
+            weights=str(tmp_path / "none.safetensors"),
+            made_by="python run.py experiment=train_extractor",
+        )
+
+
 def test_options_that_cannot_work() -> None:
     with pytest.raises(ValidationError, match="image_size"):
         VisionBackbone(model="resnet18", weights="random", image_size=8)

@@ -40,6 +40,17 @@ def test_train_and_test_share_no_emoji_and_no_digit() -> None:
     assert not rows[0] & rows[1]
 
 
+def test_a_group_of_the_same_world_is_harmful() -> None:
+    (same,) = OpenmojiMnist(**SMALL, harmful="animals-nature").load(0).cases
+    assert same.harmful[0].name == "animals-nature"
+    assert (same.benign.classes, same.harmful[0].classes) == (6, 6)
+    assert torch.bincount(same.harmful[0].test.y).tolist() == [6] * 5 + [5]
+    assert not torch.equal(same.benign.train.x, same.harmful[0].train.x)
+    with pytest.raises(UserError, match="harmful=animals") as refused:
+        OpenmojiMnist(**SMALL, harmful="animals")
+    assert "animals-nature" in refused.value.fix
+
+
 def fill(path: Path, classes: int = 2, count: int = 10, base: int = 0) -> Path:
     for c in range(classes):
         (path / f"class{c}").mkdir(parents=True)
