@@ -20,6 +20,7 @@ from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError, as_user_error
 from lab.core.hashing import digest, folder_hash, stage_key
 from lab.core.seeding import generator
+from lab.core.sources import ROOT
 from lab.core.types import Checkpoint, Eraser, Immunizer, Log
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.models.diffusion import DiffusionModel
@@ -27,6 +28,7 @@ from lab.models.diffusion_backbone import load_folder, locate_folder
 from lab.models.symmetries import reparametrize
 
 RECORD = "training.json"  # beside the folder of a MiniSD
+SHIPPED = ROOT / "lab/minisd/immunized"
 FACTS = "facts"  # metadata of a stored U-Net: JSON with its targets and its method
 
 
@@ -162,7 +164,8 @@ class StoredUnet(Immunizer):
     run and that ship with a record (``action=export path=FILE.safetensors``).
 
     Args:
-        path: the file; its metadata name the targets it is immunized against.
+        path: the file, or the name of one that ships (``joint``); its metadata name the targets it
+            is immunized against.
 
     Raises:
         UserError: no such file, other layers, or a case with other targets.
@@ -175,7 +178,9 @@ class StoredUnet(Immunizer):
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         fix = "is no U-Net that `python run.py action=export path=FILE.safetensors` wrote"
-        with as_user_error("immunize.path", self.path, fix), safe_open(self.path, "pt") as file:
+        shipped = SHIPPED / f"{self.path}.safetensors"
+        path = shipped if shipped.is_file() else Path(self.path)
+        with as_user_error("immunize.path", self.path, fix), safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads(file.metadata()[FACTS])
 

@@ -14,7 +14,9 @@ def attacks(*overrides):
 
 
 def test_every_setting_of_a_search_without_steps_is_an_attack():
-    found = attacks(FIRST_RUN, "attacks.lora_fast.search={space: {rank: [1, 2]}}")
+    found = attacks(
+        FIRST_RUN, "attacks=[lora_fast]", "attacks.lora_fast.search={space: {rank: [1, 2]}}"
+    )
     assert [*found] == ["lora_fast (rank 1)", "lora_fast (rank 2)"]
     assert [part.config["rank"] for part in found.values()] == [1, 2]
     assert [part.obj.rank for part in found.values()] == [1, 2]
