@@ -94,8 +94,8 @@ class Kappa(GradientImmunizer):
     running_window: Count = 4
 
     def __post_init__(self) -> None:
-        if self.lambda_p == self.lambda_h == 0:
-            fix = "λ_P and λ_H are both 0; choose immunize=none for no immunization."
+        if self.lambda_p == self.lambda_h == self.supervised == 0:
+            fix = "λ_P, λ_H and supervised are all 0; choose immunize=none for no immunization."
             raise UserError("immunize.lambda_h", 0, fix)
         if self.solve_side == "right" and min(self.ridge_benign, self.ridge_harmful) <= 0:
             fix = "needs ridge_benign > 0 and ridge_harmful > 0."
