@@ -53,8 +53,7 @@ def take_images(run: Path) -> None:
 
 
 def first_run_values() -> dict[str, Any]:
-    """Return attack success of both models: training images, value, low and high ends of the
-    interval."""
+    """Return attack success of both models: steps, value, low and high ends of the interval."""
     stored = read("first_run", "joint_stored")
     curve = stored["curves"]["asr"]
     lines = {
@@ -77,14 +76,14 @@ def draw_first_run(values: dict[str, Any]) -> Figure:
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
     horizon, lines = values["horizon"], values["lines"]
-    left.set_title(f"An erased object, the guitar, after {horizon} training images", fontsize=12)
+    left.set_title(f"An erased object, the guitar, after {horizon} steps of an attack", fontsize=12)
     for name, (steps, value, low, high) in lines.items():
         right.plot(steps, value, "o-", color=COLORS[name], lw=2, ms=4)
         right.fill_between(steps, low, high, color=COLORS[name], alpha=0.15, lw=0)
-    for name, place in ((BASELINE, (22, 0.66)), (IMMUNIZED, (22, 0.12))):
+    for name, place in ((BASELINE, (horizon + 5, 0.84)), (IMMUNIZED, (30, 0.5))):
         right.annotate(name, place, color=COLORS[name], fontsize=12)
     right.axvline(horizon, color="#999999", lw=0.8, ls=":")
-    right.set(xlabel="training images of the attack", xlim=(0, None), ylim=(-0.02, 1.12))
+    right.set(xlabel="steps of the attack", xlim=(0, None), ylim=(-0.02, 1.12))
     right.set_title("Attack success, style and object", fontsize=12)
     right.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
     right.set_xticks(lines[BASELINE][0])
