@@ -80,7 +80,7 @@ def draw_first_run(values: dict[str, Any]) -> Figure:
     for name, (steps, value, low, high) in lines.items():
         right.plot(steps, value, "o-", color=COLORS[name], lw=2, ms=4)
         right.fill_between(steps, low, high, color=COLORS[name], alpha=0.15, lw=0)
-    for name, place in ((BASELINE, (horizon + 5, 0.84)), (IMMUNIZED, (30, 0.5))):
+    for name, place in ((BASELINE, (28, 1.02)), (IMMUNIZED, (30, 0.5))):
         right.annotate(name, place, color=COLORS[name], fontsize=12)
     right.axvline(horizon, color="#999999", lw=0.8, ls=":")
     right.set(xlabel="steps of the attack", xlim=(0, None), ylim=(-0.02, 1.12))
