@@ -83,7 +83,14 @@ def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
 # the empty list, and controls that read weights which are not included
 LEFT_OUT = {("attacks", "none")} | {
     ("immunize", name)
-    for name in ("retrained", "other_seed", "stored", "undo_mima_deep", "retrained_mima_deep")
+    for name in (
+        "retrained",
+        "other_seed",
+        "stored",
+        "joint_stored",
+        "undo_mima_deep",
+        "retrained_mima_deep",
+    )
 }
 
 
