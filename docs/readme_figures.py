@@ -32,6 +32,7 @@ METHODS = {  # label → record
     "MIMA": "mima",
     "MIMA, a third of the step": "mima_lr_1e-4",
     "compose": "compose",
+    "IMMA": "imma",
     "another seed (control)": "other_seed",
     "weight noise (control)": "weight_noise",
 }
