@@ -13,6 +13,7 @@ from torch import Tensor
 from attacks.feature_attack import FeatureAttack, FeatureLearner, accuracies
 from attacks.probes.optimizers import OPTIMIZERS, newton_optimum
 from attacks.probes.problem import CrossEntropy, Squared
+from lab.core.condition import leading_directions
 from lab.core.config import Count, Flag, NonNegative, Positive, Text, config
 from lab.core.data import Split, Task
 from lab.core.errors import Diverged, UserError
@@ -106,9 +107,9 @@ def _sort_by_angle(z: Tensor, energy: float = 0.9) -> Tensor:
     subspace that holds ``energy`` of ‖Z‖²_F, largest first.
     """
     z = z.to(torch.float64)
-    _, s, vt = torch.linalg.svd(z, full_matrices=False)
-    leading = int((s.square().cumsum(0) < energy * s.square().sum()).sum()) + 1
-    inside = (z @ vt[:leading].T).square().sum(1) / z.square().sum(1).clamp_min(1e-300)
+    inside = (z @ leading_directions(z, energy)).square().sum(1) / z.square().sum(1).clamp_min(
+        1e-300
+    )
     return torch.argsort(inside, stable=True)
 
 

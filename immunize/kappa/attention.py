@@ -23,8 +23,8 @@ from torch import Tensor
 
 from immunize.kappa.spectral import feature_gradient, thin_factor
 from immunize.merge.build import regularizer_rows, scope_names
-from immunize.mima.outer_loop import leading_directions, naming_prompts
-from lab.core.condition import singular_values
+from immunize.mima.outer_loop import naming_prompts
+from lab.core.condition import leading_directions, singular_values
 from lab.core.config import Count, Positive, PositiveShare, Text, config
 from lab.core.data import ConceptCase, Kind
 from lab.core.types import Checkpoint, Immunizer, Log

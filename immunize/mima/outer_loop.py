@@ -44,6 +44,7 @@ from immunize.mima.sampling import (
     prior_images,
     split_concept,
 )
+from lab.core.condition import leading_directions
 from lab.core.config import Count, Flag, Index, NonNegative, Positive, PositiveShare, Text, config
 from lab.core.data import Concept, ConceptCase, Kind
 from lab.core.distributed import team
@@ -386,13 +387,6 @@ class Setup:
         own = pool.to(self.model.dtype)
         batches = [own.batch(size, self.seed, "merge", label, i) for i in range(4)]
         return [(batch.z, batch.text, batch.noise, batch.t) for batch in batches]
-
-
-def leading_directions(rows: Tensor, share: float) -> Tensor:
-    """Return the eigenvectors [d, r] of rowsᵀ·rows with a share of its trace, at least one."""
-    _, singular, vectors = torch.linalg.svd(rows, full_matrices=False)
-    energy = singular.square().cumsum(0) / singular.square().sum()
-    return vectors[: int((energy < share).sum()) + 1].T
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:

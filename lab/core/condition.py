@@ -201,6 +201,13 @@ def range_basis(x: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tens
     return wt[:rank].T.contiguous(), s[:rank]
 
 
+def leading_directions(rows: Tensor, share: float) -> Tensor:
+    """Return the eigenvectors [d, r] of rowsᵀ·rows with a share of its trace, at least one."""
+    _, singular, vectors = torch.linalg.svd(rows, full_matrices=False)
+    energy = singular.square().cumsum(0) / singular.square().sum()
+    return vectors[: int((energy < share).sum()) + 1].T
+
+
 def outside_energy(x: Tensor, basis: Tensor) -> float:
     """Return the share of ‖X‖²_F outside the span of orthonormal columns ``basis`` [d, r]."""
     x64 = x.detach().to(torch.float64)

@@ -80,7 +80,7 @@ def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
         return compose(config, overrides=list(overrides), **options)
 
 
-# the empty list, and controls that read weights which are not included
+# the empty list, and methods that read weights which are not included or fit MiniSD only
 LEFT_OUT = {("attacks", "none")} | {
     ("immunize", name)
     for name in (

@@ -7,7 +7,8 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 
 from immunize.kappa.attention import dominance
 from immunize.merge.build import regularizer_rows, scope_names
-from immunize.mima.outer_loop import leading_directions, naming_prompts
+from immunize.mima.outer_loop import naming_prompts
+from lab.core.condition import leading_directions
 
 
 def test_harmful_keys_get_dominated_by_one_direction_and_unrelated_ones_stay():
