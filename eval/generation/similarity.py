@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import mode
+from statistics import median, mode
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -71,6 +71,7 @@ TRAINING_CURVES = {  # of concept immunizers, in the order of the report
     "distillation_loss": "distance to the teacher's predictions",
     "inner_loop_drop": "share of the loss removed in the inner loop",
     "cosine": "cosine to the first-order gradient",
+    "cosine_own": "cosine to the gradient without a merge",
     "prior_loss": "loss on unrelated images",
     "benign_loss": "loss on benign concepts, attacked",
     "constraint_residual": "relative residual of the merge",
@@ -79,6 +80,13 @@ TRAINING_CURVES = {  # of concept immunizers, in the order of the report
     "implicit_stationarity": "inner gradient, end ÷ start",
     "gradient_norm": "norm of the outer gradient",
 }
+MERGE = (  # what is logged of the merge
+    "merge_cond_regularizer",
+    "merge_cond_constraint",
+    "merge_effective_rank",
+    "merge_rows",
+    "constraint_residual",
+)
 
 
 @config
@@ -148,6 +156,7 @@ class Generation(ImageMetric):
         out.curves = curves(evaluated, first)
         if self.preprocessing == "standard":
             out.curves |= training_curves(run)
+            out.metrics |= merge_scores(run)
             out.images = image_grids(run, evaluated, self.pictures, first)
             return out
         parts = (out.metrics, out.curves, out.tables)
@@ -384,6 +393,22 @@ def training_curves(run: RunView) -> dict[str, dict[str, Any]]:
         )
         for name, logged in lines.items()
     }
+
+
+def merge_scores(run: RunView) -> dict[str, Score]:
+    """Return how well the merge of a concept immunizer is conditioned
+    (`immunize.merge.closed_form.Factors`), and ``merge_constraint_residual`` of its last step:
+    medians over cases and seeds. A condition number has no value where the matrix is singular.
+    """
+    histories = [run.history(case, seed) for seed, case in walk(run)]
+    out = {}
+    for name in MERGE:
+        known = [[x for x in h.get(name, []) if not math.isnan(x)] for h in histories]
+        if last := [values[-1] for values in known if values]:
+            value = median(last)
+            name = name if name.startswith("merge_") else f"merge_{name}"
+            out[name] = Score(value if math.isfinite(value) else None, n=len(last))
+    return out
 
 
 def image_grids(

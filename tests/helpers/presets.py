@@ -80,14 +80,16 @@ def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
         return compose(config, overrides=list(overrides), **options)
 
 
-# the empty list, and methods that read weights which are not included or fit MiniSD only
-LEFT_OUT = {("attacks", "none")} | {
+# the empty list, a metric with a detector of its own, and methods that read weights which are not
+# included or fit MiniSD only
+LEFT_OUT = {("attacks", "none"), ("eval", "false_positives")} | {
     ("immunize", name)
     for name in (
         "retrained",
         "other_seed",
         "stored",
         "joint_stored",
+        "joint_stored_uce",
         "undo_mima_deep",
         "retrained_mima_deep",
     )

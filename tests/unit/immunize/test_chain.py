@@ -14,7 +14,9 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 
 from immunize.chain import Chain
 from immunize.controls import WeightNoise
+from immunize.erase import EraseAgain
 from immunize.undo import Undo
+from lab.models.erase import Uce
 from lab.release.verify import same_weights
 
 
@@ -59,3 +61,10 @@ def test_resumed_equals_unbroken(save: int) -> None:
 def test_a_method_on_the_model_before_erasure_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"methods\.undo: takes the model before erasure"):
         Chain(methods={"undo": Undo(), "noise": WeightNoise()})
+
+
+def test_erasing_again_is_the_eraser_on_immunized_weights() -> None:
+    case, noise, again = tiny_case(), WeightNoise(), EraseAgain(eraser=Uce())
+    options: Any = {"seed": 0, "checkpoint": None, "log": tiny.no_log}
+    made = Chain(methods={"noise": noise, "uce": again})(tiny_diffusion(), case, **options)
+    assert same_weights(made, Uce()(noise(tiny_diffusion(), case, **options), case, seed=0))
