@@ -4,7 +4,8 @@ A page marks a figure by two comments, inside a sentence or around a table or pl
 
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
-``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack` or `plot`.
+``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack`,
+`correlation` or `plot`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
 page and its records differ. An image is drawn again where it shows other values, or where its file
 was deleted. Fenced blocks are left alone.
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from matplotlib import rc_context
@@ -29,6 +31,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import spearmanr
 
 from eval.report.outcomes import count_checks
 from eval.report.plots import COLORS, STYLE, set_log
@@ -144,6 +147,29 @@ def by_attack(records: str, method: str, rows: dict[str, str], columns: dict[str
     return markdown([["Attack", *columns], *body])
 
 
+def correlation(records: str, x: str, y: str) -> str:
+    """Return Spearman's ρ between two metrics of concepts, ``sgr_clip`` and ``asr``, over all
+    records of a folder, seeds and concepts that have both, with a 95 % interval (bootstrap over
+    records).
+    """
+    pairs = []
+    for path in sorted((RECORDS / records).glob("*.json")):
+        stored = read(records, path.stem)["tables"]["seed_values"]
+        rows = {row["metric"]: row for row in stored}
+        both = [
+            (rows[x + k.removeprefix(y)], row)
+            for k, row in rows.items()
+            if k.startswith(y) and x + k.removeprefix(y) in rows
+        ]
+        values = [(a[seed], b[seed]) for a, b in both for seed in a if seed != "metric"]
+        pairs.append([pair for pair in values if None not in pair])
+    draws = np.random.default_rng(0).integers(len(pairs), size=(1000, len(pairs)))
+    each = [spearmanr(np.concatenate([pairs[i] for i in rows])).statistic for rows in draws]
+    low, high = np.nanquantile(each, [0.025, 0.975])
+    value = spearmanr(np.concatenate(pairs)).statistic
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
+
+
 def markdown(lines: list[list[str]]) -> str:
     """Return a Markdown table; the first line is its head."""
     head, *body = (f"|{'|'.join(line)}|" for line in lines)
@@ -231,7 +257,7 @@ def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
 def render(page: Path, text: str) -> str:
     """Return the text of ``page`` with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
-    names = {f.__name__: f for f in (score, table, grid, by_attack)}
+    names = {f.__name__: f for f in (score, table, grid, by_attack, correlation)}
     names["plot"] = functools.partial(plot, page)
 
     def replace(match: re.Match[str]) -> str:

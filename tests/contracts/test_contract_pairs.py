@@ -1,5 +1,5 @@
-"""Every immunizer × every attacker that fits it: the attack starts at the immunized weights, and
-leaves them alone.
+"""Immunizers × attackers that fit them: the attack starts at the immunized weights, and leaves them
+alone.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def test_features(name, kind):
 
 
 def concept_pairs():
-    """Immunizers and the attackers of each; a third of the pairs by default, all in slow tests."""
+    """Immunizers and the attackers of each: a fifth of all pairs, in which every attacker meets
+    several immunizers.
+    """
     for i, name in enumerate(concepts.choices("immunize")):
-        yield pytest.param(name, CONCEPT_ATTACKERS[i % 3 :: 3], id=name)
-        yield pytest.param(name, CONCEPT_ATTACKERS, id=f"{name}-all", marks=pytest.mark.slow)
+        yield pytest.param(name, CONCEPT_ATTACKERS[i % 5 :: 5], id=name)
 
 
 @pytest.mark.parametrize(("name", "attackers"), concept_pairs())
