@@ -77,7 +77,7 @@ class Moving:
         text: whether encoded prompts change while it trains.
         move: takes the place of a step along the gradient: called with the number of steps done and
             of all steps.
-        condition: told the latents [n, c, s, s] whose images the model is given next, and whether
+        condition: gets the latents [n, c, s, s] whose images the model is given next, and whether
             guidance asks for each of them twice.
         info: facts for the record; with a complete U-Net its ``unet_config``.
     """
@@ -290,12 +290,12 @@ class ConceptBase(Attacker):
                 families=("name",) if search.score else (),
                 keep_weights=False,
             )
-            told = run(tried, model, split, seed=seed, budget=trial_budget, checkpoint=None)
-            if told.status != "ok":
+            trajectory = run(tried, model, split, seed=seed, budget=trial_budget, checkpoint=None)
+            if trajectory.status != "ok":
                 return None
             if search.score is None:
-                return told.values["test_loss"][-1]
-            score = float(search.score(told.samples["name"][-1], split.reference))
+                return trajectory.values["test_loss"][-1]
+            score = float(search.score(trajectory.samples["name"][-1], split.reference))
             return -score if math.isfinite(score) else None
 
         scores, checkpoint = run_trials(len(settings), trial, checkpoint)

@@ -450,7 +450,8 @@ def _image_grid(
             index = max(i for i, s in enumerate(trajectory.steps) if s <= step)
             reached = trajectory.steps[index]
             images.append(trajectory.samples[FAMILY][index, :count])
-            labels.append(f"{model}, step {reached}{'' if reached == step else ' (diverged)'}")
+            at_step = f"{reached} images" if run.budget.unit == "images" else f"step {reached}"
+            labels.append(f"{model}, {at_step}{'' if reached == step else ' (diverged)'}")
     width = images[0].shape[0]
     references = concept.reference.images[torch.arange(width) % len(concept.reference)]
     each = ", ".join(f"{attack} ({model})" for model, attack in best.items())

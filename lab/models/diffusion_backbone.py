@@ -141,7 +141,8 @@ def locate_folder(path: str, key: str) -> Path:
     except UserError as error:
         raise UserError(key, path, error.fix) from None
     if isinstance(folder, str):
-        raise UserError(key, path, "must be a folder on this machine.")
+        fix = f"must be a folder on this machine; `hf download {path}` prints one."
+        raise UserError(key, path, fix)
     return folder
 
 
