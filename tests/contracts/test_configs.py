@@ -17,21 +17,9 @@ from lab.runner.assemble import assemble
 
 composed = cache(presets.composed)  # read only: a composition takes a tenth of a second
 
-GROUPS = (
-    "scenario",
-    "backbone",
-    "erase",
-    "immunize",
-    "attacks",
-    "eval",
-    "scorers",
-    "tracker",
-    "launch",
-    "paths",
-    "experiment",
-    "experiment/paper",
-    "debug",
-)
+PARTS = ("scenario", "backbone", "erase", "immunize", "scorers", "tracker")  # composed alone
+LISTS = ("attacks", "eval")  # composed all at once
+GROUPS = ("launch", "paths", "experiment", "experiment/paper", "debug")
 
 
 def names(group):
@@ -48,7 +36,7 @@ def targets(node, path=""):
 
 
 def check_targets(cfg):
-    found = list(targets(OmegaConf.to_container(cfg, resolve=False)))
+    found = list(targets(OmegaConf.to_container(OmegaConf.create(cfg), resolve=False)))
     for path, node in found:
         options = {k: v for k, v in node.items() if not k.startswith("_")}
         signature = inspect.signature(get_object(node["_target_"]))
@@ -66,15 +54,20 @@ def test_every_choice_composes_and_binds(group, name):
     assert len(check_targets(composed(f"{group}={folder}/{name}".replace("=/", "=")))) >= 4
 
 
-@pytest.mark.parametrize("group", ["scenario", "backbone", "immunize", "attacks", "eval"])
-def test_names_equal_file_names(group):
-    for name in names(group):
-        node = composed(f"{group}={name}")[group]
-        if group in ("attacks", "eval"):
-            assert name == "none" or list(node) == [name]
-            assert all(node[key].name == key for key in node)
-        else:
-            assert node.name == name, f"conf/{group}/{name}.yaml calls itself {node.name}"
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in PARTS for n in names(g)])
+def test_every_part_binds_and_has_the_name_of_its_file(group, name):
+    node = composed(config=f"{group}/{name}")[group]
+    assert check_targets({group: node}) or group == "tracker"
+    assert node.get("name", name) == name, f"conf/{group}/{name}.yaml calls itself {node.name}"
+
+
+@pytest.mark.parametrize("group", LISTS)
+def test_every_attack_and_metric_binds_and_has_the_name_of_its_file(group):
+    choices = [name for name in names(group) if name != "none"]
+    node = composed(f"{group}=[{','.join(choices)}]")[group]
+    assert sorted(node) == choices
+    check_targets({group: node})
+    assert all(node[key].name == key for key in node)
 
 
 # train_* have no models, audit_sd no concepts but those of `action=audit concepts=FILE`
@@ -103,20 +96,23 @@ def test_the_parts_of_every_experiment_fit(name):
 
 @pytest.mark.parametrize("name", names("sweeps"))
 def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
-    cfg = composed(f"sweeps={name}", return_hydra_config=True)
-    assert cfg.sweep.cost
-    if cfg.action == "search":
-        assert Plan.read(cfg).trials == cfg.sweep.runs
+    text = (ROOT / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")
+    sweep = OmegaConf.create(text)
+    if "hydra" not in sweep:  # a search, or it inherits from another sweep
+        sweep = composed(f"sweeps={name}", return_hydra_config=True)
+    assert sweep.sweep.cost
+    if sweep.get("action") == "search":
+        assert Plan.read(sweep).trials == sweep.sweep.runs
         check_targets(composed(f"sweeps={name}"))
         return
-    assert str(cfg.hydra.mode).endswith("MULTIRUN")
-    params = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
+    params = [f"{key}={value}" for key, value in sweep.hydra.sweeper.params.items()]
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)[0]
     jobs = [list(job) for job in jobs]
-    assert len(jobs) == cfg.sweep.runs
+    assert len(jobs) == sweep.sweep.runs
     seen = set()
     for job in (jobs[0], jobs[-1], *jobs):
-        choices = {override for override in job if "." not in override.partition("=")[0]}
+        groups = {word.partition("=")[0]: word for word in job}
+        choices = {word for group, word in groups.items() if f"\n{group}:" in text}
         if not seen or job is jobs[-1] or not choices <= seen:  # others differ in values only
             check_targets(composed(f"sweeps={name}", *job))
         seen |= choices | {name}
