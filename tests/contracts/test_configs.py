@@ -98,13 +98,14 @@ def test_the_parts_of_every_experiment_fit(name):
 def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
     text = (ROOT / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")
     sweep = OmegaConf.create(text)
-    if "hydra" not in sweep:  # a search, or it inherits from another sweep
+    if sweep.get("action") == "search":
+        cfg = composed(f"sweeps={name}")
+        assert Plan.read(cfg).trials == cfg.sweep.runs
+        check_targets(cfg)
+        return
+    if "hydra" not in sweep:  # it inherits from another sweep
         sweep = composed(f"sweeps={name}", return_hydra_config=True)
     assert sweep.sweep.cost
-    if sweep.get("action") == "search":
-        assert Plan.read(sweep).trials == sweep.sweep.runs
-        check_targets(composed(f"sweeps={name}"))
-        return
     params = [f"{key}={value}" for key, value in sweep.hydra.sweeper.params.items()]
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)[0]
     jobs = [list(job) for job in jobs]
