@@ -43,11 +43,6 @@ BARE_TEMPLATES: dict[By, str] = {
     "description": "an image {description}",
     "both": "an image in the style of {style}, {description}",
 }
-TEMPLATES: tuple[str, ...] = (
-    *PHOTO_TEMPLATES,
-    *PLACE_TEMPLATES,
-    *(t for by in STYLE_TEMPLATES for t in (*STYLE_TEMPLATES[by], BARE_TEMPLATES[by])),
-)
 # captions that say "an animal": class words must mean something (prior preservation)
 _CLASS_SHARE = 0.08
 _BARE_SHARE = 0.04  # captions that name a style and no object
@@ -62,7 +57,7 @@ def article(words: str) -> str:
 
 
 def noun(name: str, count: int = 1) -> str:
-    """Return "a fox" or "two foxes". Raises `UserError` for an unknown object."""
+    """Return "a fox" or "two foxes"."""
     return article(thing(name).name) if count == 1 else f"two {thing(name).plural}"
 
 
@@ -74,10 +69,8 @@ def class_noun(name: str) -> str:
 def fill(
     template: str, it: str, style_name: str = PHOTO, description: int = 0, place: str = ""
 ) -> str:
-    """Return one caption. ``it`` is a noun phrase ("a fox", "a photo-shy dog"), ``description`` an index.
-
-    Raises:
-        UserError: unknown style in a template that speaks of one.
+    """Return one caption. ``it`` is a noun phrase ("a fox", "a photo-shy dog"), ``description`` an
+    index.
     """
     if style_name == PHOTO:
         return template.format(it=it, place=place)
@@ -91,7 +84,7 @@ def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...
     or by ``both``.
 
     ``it`` is any noun phrase, so that a new token can be asked for as well; for photos ``by`` has
-    no meaning. Raises `UserError` for an unknown style.
+    no meaning.
     """
     if style_name == PHOTO:
         return tuple(fill(t, it) for t in PHOTO_TEMPLATES)

@@ -17,8 +17,6 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 
-from lab.core.errors import UserError, nearest
-
 CREDIT = (
     "Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0; rasterised and altered "
     "by this project."
@@ -149,13 +147,7 @@ def _by_name() -> dict[str, Emoji]:
 
 
 def find(name: str) -> Emoji:
-    """Return the image with the Unicode name ``name``, in lower case.
-
-    Raises:
-        UserError: no such name; the message lists the nearest ones.
-    """
-    if name not in _by_name():
-        raise UserError("openmoji.name", name, nearest(name, _by_name()))
+    """Return the image with the Unicode name ``name``, in lower case."""
     return _by_name()[name]
 
 

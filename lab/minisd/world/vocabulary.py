@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.core.errors import UserError, nearest
 from lab.minisd.world import styles as painted
 from lab.minisd.world.styles import Artist
 
@@ -148,21 +147,13 @@ ROLES: dict[str, str] = {
 }
 
 
-def thing(name: str, key: str = "concept") -> Thing:
-    """Return the object called ``name``.
-
-    Raises:
-        UserError: unknown; the message carries the config ``key`` and the nearest names.
-    """
-    if name not in _THING:
-        raise UserError(key, name, f"no such object; {nearest(name, _THING)}")
+def thing(name: str) -> Thing:
+    """Return the object called ``name``."""
     return _THING[name]
 
 
-def style(name: str, key: str = "concept") -> Style:
-    """Return the style called ``name`` (`PHOTO` is none). Raises as `thing` does."""
-    if name not in _STYLE:
-        raise UserError(key, name, f"no such style; {nearest(name, _STYLE)}")
+def style(name: str) -> Style:
+    """Return the style called ``name`` (`PHOTO` is none)."""
     return _STYLE[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import chain
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from scenario_configs import config, hashes
 
 from lab.core.data import ConceptCase
 from lab.core.errors import UserError
-from lab.minisd.world.captions import TEMPLATES, fill, noun
+from lab.minisd.world.captions import (
+    BARE_TEMPLATES,
+    PHOTO_TEMPLATES,
+    PLACE_TEMPLATES,
+    STYLE_TEMPLATES,
+    fill,
+    noun,
+)
 from lab.minisd.world.scenes import BACKGROUNDS
 from lab.minisd.world.vocabulary import (
     HELD_OUT_OBJECTS,
@@ -150,19 +158,21 @@ def test_reworded_prompts_are_no_captions_of_the_world() -> None:
     """Neither as templates nor as what any template becomes for any object, style, description or
     place.
     """
+    styled = [*BARE_TEMPLATES.values(), *chain(*STYLE_TEMPLATES.values())]
+    templates = [*PHOTO_TEMPLATES, *PLACE_TEMPLATES, *styled]
     reworded = (*concept_texts.REWORDED_STYLE, *concept_texts.REWORDED_OBJECT)
-    assert set(reworded).isdisjoint(TEMPLATES)
+    assert set(reworded).isdisjoint(templates)
     things = [*OBJECTS, *HELD_OUT_OBJECTS]
     captions = {
         fill(t, noun(o), place=p)
-        for t in TEMPLATES
+        for t in templates
         if "style" not in t and "desc" not in t
         for o in things
         for p in BACKGROUNDS
     }
     captions |= {
         fill(t, noun(o), s, d, p)
-        for t in TEMPLATES
+        for t in templates
         for o in things
         for s in ("mosaic", "engraving")
         for d in (0, 1)
