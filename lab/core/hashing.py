@@ -41,11 +41,20 @@ def state_hash(state: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below ``folder``, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+
+
 def folder_hash(folder: Path) -> str:
     """Return the SHA-256 of names and bytes of all files below ``folder``."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    return stage_key(**sums)
+    return stage_key(**file_hashes(folder))
 
 
 def stage_key(**inputs: Any) -> str:

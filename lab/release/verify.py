@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from eval.report.outcomes import outcome
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.core.hashing import model_settings, state_hash
+from lab.core.hashing import file_hash, model_settings, state_hash
 from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
@@ -31,10 +30,6 @@ _FOREIGN = (".git/", ".gitattributes", ".cache/huggingface/")
 
 
 # ---- SHA256SUMS
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -14,13 +14,12 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
-from lab.core.config import Count, Text, options, user_error
+from lab.core.config import Count, Text, bind, options
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
 from lab.core.sources import source_hash
@@ -122,10 +121,7 @@ def run(cfg: DictConfig) -> Path:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     plain: Any = OmegaConf.to_container(cfg.train, resolve=True)
-    try:
-        recipe = ExtractorRecipe(**{k: v for k, v in plain.items() if k != "_target_"})
-    except ValidationError as error:
-        raise user_error(error, "train", ExtractorRecipe) from None
+    recipe = bind(ExtractorRecipe, {k: v for k, v in plain.items() if k != "_target_"}, "train")
     model = WorldClassifier(recipe)
     identity = asdict(cast(Any, recipe))
     del identity["workers"], identity["name"]

@@ -8,7 +8,6 @@ its last checkpoint and a finished one is not repeated.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import tempfile
@@ -21,12 +20,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ValidationError
 from torch import nn
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
-from lab.core.config import Count, NonNegative, Positive, Text, options, user_error
+from lab.core.config import Count, NonNegative, Positive, Text, bind, options
 from lab.core.errors import UserError
+from lab.core.hashing import file_hashes
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
 from lab.core.sources import source_hash
@@ -127,13 +126,6 @@ class Training:
         self.device = pick("train.device", recipe.device)
         # the scorers' images and weights share nothing with MiniSD's
         self.scorer_seed = derive(recipe.seed, "judges")  # the label of the shipped weights
-
-    @property
-    def scorer_recipe(self) -> ScorerRecipe:
-        """Raises `UserError` where the recipe has no scorers."""
-        if self.recipe.scorers is None:
-            raise UserError("train.scorers", None, "is needed to train scorers")
-        return self.recipe.scorers
 
     # ---- data
 
@@ -246,9 +238,9 @@ class Training:
             trained.unet, vae, text_encoders, [tokenizer], networks.build_scheduler()
         )
 
-    def detector(self) -> tuple[Detector, dict[str, Any]]:
+    def detector(self, r: ScorerRecipe) -> tuple[Detector, dict[str, Any]]:
         """Return the calibrated detector with its error rates, and what else was measured."""
-        r, seed = self.scorer_recipe, self.scorer_seed
+        seed = self.scorer_seed
         vae = self.vae()
         torch.manual_seed(derive(seed, "detector", "init"))
         names = scorers.DETECTED
@@ -267,9 +259,9 @@ class Training:
         facts["worn"] = scorers.measure(detector, worn["measure"], *rest)
         return dataclasses.replace(detector, rates=facts["worn"]["rates"]), facts
 
-    def clip(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    def clip(self, r: ScorerRecipe, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
-        r, seed = self.scorer_recipe, self.scorer_seed
+        seed = self.scorer_seed
         drawn = scorers.pictures(r, seed, "train")
         texts = [p.captions(r.captions) for p in drawn.pictures]
         tokenizer = scorers.clip_tokenizer(texts, folder, r.vocabulary)
@@ -282,14 +274,6 @@ class Training:
 
 
 # ---- the files
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below ``folder``, by its path there."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
 
 
 def save(model: DiffusionModel, folder: Path) -> Path:
@@ -317,19 +301,16 @@ def run(cfg: DictConfig) -> Path:
         torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     plain: Any = OmegaConf.to_container(cfg.train, resolve=True)
-    try:
-        recipe = Recipe(**{key: value for key, value in plain.items() if key != "_target_"})
-    except ValidationError as error:
-        raise user_error(error, "train", Recipe) from None
+    recipe = bind(Recipe, {k: v for k, v in plain.items() if k != "_target_"}, "train")
     training = Training(recipe, StageCache(cfg.paths.cache, force=cfg.force))
     folder = Path(cfg.paths.outputs) / recipe.name
     fresh = folder.with_name(f".{recipe.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     record: dict[str, Any] = {"recipe": plain}
     if recipe.scorers is not None:
-        detector, record["detector"] = training.detector()
+        detector, record["detector"] = training.detector(recipe.scorers)
         detector.save(fresh / "scorers" / "detector")
-        clip, config = training.clip(fresh / "scorers" / "clip")
+        clip, config = training.clip(recipe.scorers, fresh / "scorers" / "clip")
         scorers.save_clip(clip, config, fresh / "scorers" / "clip")
     save(training.model(), fresh / "model")
     record |= {"curves": training.curves, "seconds": training.seconds}
@@ -338,7 +319,7 @@ def run(cfg: DictConfig) -> Path:
         assess(fresh, record, recipe.seed, recipe.measured)
     record["sha256"] = {
         name: value
-        for name, value in hashes(fresh).items()
+        for name, value in file_hashes(fresh).items()
         if name.startswith(("model/", "scorers/"))
     }
     (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")

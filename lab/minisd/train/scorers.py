@@ -516,6 +516,20 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor)
     return (F.cross_entropy(logits[:m], target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def draw_rows(step: int, styles: Tensor, batch: int, g: torch.Generator) -> Tensor:
+    """Draw the rows [batch] of a step out of images with ``styles`` [n].
+
+    Every second batch holds one style only: within it a caption is told apart by its object alone,
+    which random batches rarely ask for.
+    """
+    pool = torch.arange(len(styles))
+    if step % 2:
+        kinds = styles.unique()
+        style = kinds[int(torch.randint(len(kinds), (1,), generator=g))]
+        pool = torch.nonzero(styles == style).flatten()
+    return pool[torch.randint(len(pool), (batch,), generator=g)]
+
+
 class _Guided(nn.Module):
     """A CLIP and one direction per object and per style in its common space, which only the
     training uses.
@@ -554,8 +568,7 @@ def train_clip(
 ) -> Rows:
     """Train an ``open_clip.CLIP`` in place and round it to float16.
 
-    Every second batch holds one style only: within it a caption is told apart by its object alone,
-    which random batches rarely ask for. Half of the images bring a caption: texts are soon learned
+    Half of the images bring a caption: texts are soon learned
     and cost as much as images. Labels guide both towers (`_Guided`): contrast alone needs several
     times the steps.
 
@@ -565,18 +578,13 @@ def train_clip(
     """
     tokens, device = tokenize_all(tokenizer, texts), device_of(model)
     pixels, _, styles = data.tensors
-    pools = [torch.nonzero(styles == s).flatten() for s in range(len(NAMES["style"]))]
-    pools = [pool for pool in pools if len(pool)]
     guided = _Guided(model, seed).to(device)
     # every second image to the front: faults go by place, and each kind shall come with and without
     # a caption
     order = torch.argsort(torch.arange(schedule.batch) % 2, stable=True)
 
     def step(number: int, g: torch.Generator) -> Tensor:
-        pool = torch.arange(len(data))
-        if number % 2:
-            pool = pools[int(torch.randint(len(pools), (1,), generator=g))]
-        index = pool[torch.randint(len(pool), (schedule.batch,), generator=g)]
+        index = draw_rows(number, styles, schedule.batch, g)
         x = (degrade(to_unit(pixels[index]), g) * 2 - 1).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
         images, index = model.encode_image(x, normalize=True)[order], index[order]

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from lab.core.seeding import derive
 from lab.core.types import Checkpoint
 from lab.minisd.train.networks import Rows, Schedule, device_of, tokenize, tokenize_all, train
-from lab.minisd.train.scorers import contrastive_loss, prototypes, to_unit, zero_shot
+from lab.minisd.train.scorers import (
+    contrastive_loss,
+    draw_rows,
+    prototypes,
+    to_unit,
+    zero_shot,
+)
 from lab.minisd.world.captions import noun, prompts
 from lab.minisd.world.vocabulary import PHOTO
 from lab.minisd.world.world import Sample
@@ -64,9 +70,6 @@ def train_text(
 ) -> Rows:
     """Train both towers in place by CLIP's contrastive loss.
 
-    Every second batch holds one style only: within it a caption is told apart by its object alone,
-    which random batches rarely ask for.
-
     Args:
         captions: several for each image of ``data``; one is drawn at every visit.
         held_out: images for validation: zero-shot top-1 among the objects and styles of all images,
@@ -79,16 +82,12 @@ def train_text(
     every = (*data.pictures, *held_out.pictures)
     names = list(dict.fromkeys(p.style for p in every))
     style = torch.tensor([names.index(p.style) for p in data.pictures])
-    pools = [torch.nonzero(style == i).flatten() for i in style.unique()]
 
     def pixels(images: Tensor) -> Tensor:
         return to_unit(images).to(device).contiguous(memory_format=torch.channels_last)
 
     def step(number: int, g: torch.Generator) -> Tensor:
-        pool = torch.arange(len(tokens))
-        if number % 2:
-            pool = pools[int(torch.randint(len(pools), (1,), generator=g))]
-        index = pool[torch.randint(len(pool), (schedule.batch,), generator=g)]
+        index = draw_rows(number, style, schedule.batch, g)
         which = torch.randint(tokens.shape[1], (len(index),), generator=g)
         texts = model.texts(tokens[index, which].to(device))
         images = model.images(pixels(data.images[index]))

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from lab.core.cache import StageCache
 from lab.core.errors import UserError
+from lab.core.hashing import file_hashes
 from lab.minisd.train import networks, recipe
-from lab.minisd.train.recipe import Training, hashes, run
+from lab.minisd.train.recipe import Training, run
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +108,7 @@ def test_training_record(folder) -> None:
     stages = {"vae", "text", "denoiser", "detector", "clip"}
     assert set(record["curves"]) == set(record["seconds"]) == stages
     assert record["curves"]["denoiser"]["loss_step"] == [4.0]
-    found = hashes(folder)
+    found = file_hashes(folder)
     assert record["sha256"] == {
         n: h for n, h in found.items() if n.startswith(("model/", "scorers/"))
     }
@@ -138,9 +139,9 @@ def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
     monkeypatch.setattr(recipe, "assess", lambda *args: None)
     other = config(root)
     other.paths.outputs = str(root / "again")
-    again = hashes(run(other))
+    again = file_hashes(run(other))
     # the detector's error rates are measured by what is left out here
-    weights = {n: h for n, h in hashes(folder).items() if n.startswith(("model/", "scorers/"))}
+    weights = {n: h for n, h in file_hashes(folder).items() if n.startswith(("model/", "scorers/"))}
     without = {"training.json", "scorers/detector/detector.json"}
     assert {n for n, h in (again.items() ^ weights.items())} <= without
     first, second = (
