@@ -41,18 +41,6 @@ def texts(key: str, value: Sequence[object]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text(f"{key}[{i}]", item) for i, item in enumerate(value)))
 
 
-def check_prompts(key: str, prompts: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
-    """Return ``prompts`` without white space at their ends, fit for ``tokenizer``. A prompt that is
-    longer than the context is cut when it is encoded (`DiffusionModel.tokens`).
-
-    Raises:
-        UserError: as `text` and `refuse_special` do.
-    """
-    clean = tuple(text(key, prompt) for prompt in prompts)
-    refuse_special(key, clean, [tokenizer])
-    return clean
-
-
 def refuse_special(key: str, prompts: Iterable[str], tokenizers: Iterable[Any]) -> None:
     """Refuse special tokens of a tokenizer, which would end or pad the prompt where they stand.
 
@@ -71,7 +59,7 @@ def refuse_special(key: str, prompts: Iterable[str], tokenizers: Iterable[Any]) 
 
 
 def check_case(case: ConceptCase, tokenizers: Sequence[Any]) -> None:
-    """Check every text of ``case`` that is encoded as it stands; erasers check what they erase.
+    """Check every text of ``case`` that is encoded as it stands.
 
     Raises:
         UserError: as `refuse_special`.
@@ -83,6 +71,8 @@ def check_case(case: ConceptCase, tokenizers: Sequence[Any]) -> None:
             prompts += family
         for images in (concept.own, concept.train, concept.reference, concept.prior):
             prompts += images.prompts
+    for erasure in case.erased:
+        prompts += (*erasure.prompts, *erasure.anchors, *erasure.preserve)
     refuse_special("scenario", prompts, tokenizers)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lab.core.config import Index, NonNegative, Positive, Prompt, Text, config
 from lab.core.data import ConceptCase, Erasure, Kind
 from lab.core.errors import UserError, nearest
-from lab.core.prompts import check_prompts
 from lab.core.types import Eraser, Model
 from lab.models.diffusion import DiffusionModel
 
@@ -90,7 +89,7 @@ class Uce(Eraser):
         old, new = (torch.cat(part) for part in zip(*pairs, strict=True))
         preserved, keep = self._preserved(case.erased), old[:0]
         if preserved:
-            keep = encoded(model, check_prompts(KEY, preserved, model.tokenizers[0])).flatten(0, 1)
+            keep = encoded(model, preserved).flatten(0, 1)
         edited = model.copy()
         matrices = keys_and_values(edited.unet)
         # Apple's GPUs have no float64
@@ -158,12 +157,11 @@ def rows(
         UserError: words that are not in a prompt or beyond its context.
     """
     tokenizer = model.tokenizers[0]
-    prompts = check_prompts(KEY, erasure.prompts, tokenizer)
-    anchors = check_prompts(KEY, erasure.anchors, tokenizer)
-    ids = [model.tokens(texts).tolist() for texts in (prompts, anchors)]
-    hidden = [encode(texts) if encode else encoded(model, texts) for texts in (prompts, anchors)]
+    pair = (erasure.prompts, erasure.anchors)
+    ids = [model.tokens(texts).tolist() for texts in pair]
+    hidden = [encode(texts) if encode else encoded(model, texts) for texts in pair]
     old, new = [], []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(erasure.prompts):
         start = position(prompt, erasure.words, ids[0][i], tokenizer)
         ends = [line[i][1:].index(tokenizer.eos_token_id) + 1 for line in ids]
         old.append(hidden[0][i, start:])
