@@ -110,12 +110,12 @@ def folder_of(path: str) -> Path:
     return INCLUDED.get(path) or Path(path).expanduser()
 
 
-def locate(path: str) -> Path | str:
+def locate(path: str, key: str = KEY) -> Path | str:
     """Return the folder that ``path`` means (names of `INCLUDED` are the package's own), or the hub
     name.
 
     Raises:
-        UserError: neither.
+        UserError: neither; of the config key ``key``.
     """
     folder = folder_of(path)
     if (folder / "model_index.json").is_file():
@@ -127,7 +127,7 @@ def locate(path: str) -> Path | str:
         "`python run.py experiment=train_minisd` makes MiniSD's. A single file is converted by "
         "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
     )
-    raise UserError(KEY, path, fix)
+    raise UserError(key, path, fix)
 
 
 def locate_folder(path: str, key: str) -> Path:
@@ -136,10 +136,7 @@ def locate_folder(path: str, key: str) -> Path:
     Raises:
         UserError: of the config key ``key``; a hub name too.
     """
-    try:
-        folder = locate(path)
-    except UserError as error:
-        raise UserError(key, path, error.fix) from None
+    folder = locate(path, key)
     if isinstance(folder, str):
         fix = f"must be a folder on this machine; `hf download {path}` prints one."
         raise UserError(key, path, fix)
