@@ -133,6 +133,19 @@ def trained_parts(model: DiffusionModel) -> dict[str, nn.Module]:
     return {"unet": model.unet, "text_encoder": model.text_encoders[0], **encoders}
 
 
+def check_layers(
+    own: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter], key: str, path: str
+) -> None:
+    """Check that another model has the layers of the attacked one.
+
+    Raises:
+        UserError: it has not; names the config key ``key`` and the model's ``path``.
+    """
+    if {k: p.shape for k, p in own.items()} != {k: p.shape for k, p in other.items()}:
+        fix = "has other layers than the attacked model; take one of the same architecture."
+        raise UserError(key, path, fix)
+
+
 def open_unet(model: DiffusionModel) -> Moving:
     """Let all of the U-Net move.
 
@@ -509,9 +522,6 @@ class ConceptLearner:
         if self.moving.move is not None:
             self.moving.move(step + 1, self.steps)
             return float(concept.detach())
-        if not loss.requires_grad:
-            reason = "the loss depends on none of them; `open` must put them into the model."
-            raise UserError(attack.key, list(self.moving.parameters), reason)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if attack.clip is not None:

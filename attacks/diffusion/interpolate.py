@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from attacks.diffusion.attack import ConceptAttack, Moving, open_unet
+from attacks.diffusion.attack import ConceptAttack, Moving, check_layers, open_unet
 from lab.core.config import Positive, Text, config
 from lab.core.data import Concept
-from lab.core.errors import UserError
 from lab.core.hashing import folder_hash
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import load_folder, locate_folder
@@ -46,9 +45,7 @@ class Interpolation(ConceptAttack):
         loaded = load_folder(self.base, f"{self.key}.base").to(model.device)
         base = dict(loaded.unet.named_parameters())
         own = dict(model.unet.named_parameters())
-        if {k: p.shape for k, p in own.items()} != {k: p.shape for k, p in base.items()}:
-            fix = "has other layers than the attacked model; take one of the same architecture."
-            raise UserError(f"{self.key}.base", self.base, fix)
+        check_layers(own, base, f"{self.key}.base", self.base)
         return {f"unet.{name}": p.detach() for name, p in base.items()}
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:

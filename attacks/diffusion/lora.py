@@ -8,10 +8,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from attacks.adapters import adapters, inject
-from attacks.diffusion.attack import ConceptAttack, Moving, trained_parts
+from attacks.diffusion.attack import ConceptAttack, Moving, check_layers, trained_parts
 from lab.core.config import Count, Flag, Positive, Text, config
 from lab.core.data import Concept
-from lab.core.errors import UserError
 from lab.core.hashing import folder_hash
 from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel
@@ -70,9 +69,7 @@ class ConceptLora(ConceptAttack):
         own = self.open(model.copy(), task, 0).check(self.key).parameters
         if self.donor is not None:
             other = self.open(self.trained_model(model), task, 0).parameters
-            if {k: p.shape for k, p in own.items()} != {k: p.shape for k, p in other.items()}:
-                fix = "has other layers than the attacked model; take one of the same architecture."
-                raise UserError(f"{self.key}.donor", self.donor, fix)
+            check_layers(own, other, f"{self.key}.donor", self.donor)
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         alpha = self.rank if self.alpha is None else self.alpha
