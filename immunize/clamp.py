@@ -29,20 +29,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from immunize.gradients import Params, accumulate, gradient_at, math_attention
-from immunize.kappa.trainer import TINY, GradientImmunizer, Head, KappaTrainer
+from immunize.kappa.trainer import TINY, GradientImmunizer, KappaTrainer
 from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge
 from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import ConceptSplit
-from lab.core.config import Count, NonNegative, Positive, PositiveShare, Text, config
+from lab.core.config import Count, NonNegative, Positive, Text, config
 from lab.core.data import Case
 from lab.core.seeding import derive
 from lab.core.training import Row
@@ -57,7 +58,7 @@ class ClampOptions:
         w_long, w_contraction, w_curvature, w_start: weights of the four terms.
         slack: gain of the attacker that is tolerated, in units of the loss.
         max_contraction, min_curvature: where the second and the third term begin, the curvature in
-            units of 1/η.
+            units of 1/η. At a contraction of 1 the updates have no bound.
         probe: δ, in units of 1 + ‖ω_t‖.
     """
 
@@ -66,15 +67,9 @@ class ClampOptions:
     w_curvature: NonNegative = 0.1
     w_start: NonNegative = 1.0
     slack: NonNegative = 0.0
-    max_contraction: PositiveShare = 0.9
+    max_contraction: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.9
     min_curvature: NonNegative = 1.0
     probe: Positive = 1e-3
-
-    @model_validator(mode="after")
-    def _check_contraction(self) -> ClampOptions:
-        if self.max_contraction == 1:
-            raise ValueError("max_contraction must be below 1: at 1 the updates have no bound")
-        return self
 
 
 def _dot(a: Params, b: Params) -> Tensor:
@@ -248,11 +243,8 @@ class ClampTrainer(KappaTrainer):
 
     def __init__(self, options: KappaClamp, model: FeatureModel, case: Case, seed: int) -> None:
         super().__init__(options, model, case, seed)
-        self.o = options
-        self.values = {}
-        y = self.engine.features(0)
-        self.heads = {i: Head(task, y.shape[1]) for i, task in enumerate(case.tasks)}
-        self.heads[0].fit(y)
+        self.o, self.values = options, {}
+        self.heads = self.fit_heads(case.tasks)
 
     def descend(self, step: int) -> Row:
         rows = self.batch(0, step)

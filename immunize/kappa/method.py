@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from immunize.kappa import spectral
-from immunize.kappa.trainer import TINY, GradientImmunizer, Head, KappaTrainer
+from immunize.kappa.trainer import TINY, GradientImmunizer, KappaTrainer
 from lab.core.condition import Preconditioner, precondition, singular_values
 from lab.core.config import Count, Flag, NonNegative, Positive, PositiveShare, Text, config
 from lab.core.data import Case
@@ -167,11 +167,7 @@ class SpectralTrainer(KappaTrainer):
         self.o = options
         self.values = {"lambdas": [options.lambda_p, options.lambda_h], "first": []}
         self.units = [self._units(task) for task in range(len(case.tasks))]
-        self.heads = {}
-        if options.supervised > 0:
-            y = self.engine.features(0)
-            self.heads[0] = Head(case.benign, y.shape[1])
-            self.heads[0].fit(y)
+        self.heads = self.fit_heads([case.benign]) if options.supervised > 0 else {}
 
     def _units(self, task: int) -> tuple[float, float]:
         """Return what features of a task are divided by, before and after the attacker's
@@ -287,9 +283,7 @@ class ImmaTrainer(KappaTrainer):
     def __init__(self, options: KappaImma, model: FeatureModel, case: Case, seed: int) -> None:
         super().__init__(options, model, case, seed)
         self.o, self.values = options, {}
-        y = self.engine.features(0)
-        self.heads = {i: Head(task, y.shape[1]) for i, task in enumerate(case.tasks)}
-        self.heads[0].fit(y)
+        self.heads = self.fit_heads(case.tasks)
 
     def descend(self, step: int) -> Row:
         row: dict[str, float] = {}

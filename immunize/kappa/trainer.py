@@ -366,6 +366,13 @@ class KappaTrainer(ABC):
             FloatingPointError: numbers that are not finite.
         """
 
+    def fit_heads(self, tasks: Sequence[Task]) -> dict[int, Head]:
+        """Return a head for each of ``tasks``; that of the benign one is fitted to θ_0."""
+        y = self.engine.features(0)
+        heads = {i: Head(task, y.shape[1]) for i, task in enumerate(tasks)}
+        heads[0].fit(y)
+        return heads
+
     def batch(self, task: int, step: int) -> Tensor:
         """Return the row numbers of mini-batch ``step`` of a task."""
         rows = self.case.tasks[task].train
