@@ -17,6 +17,7 @@ from torch import Tensor
 from eval.stats.intervals import Floats
 from lab.core.data import Concept, ConceptCase
 from lab.core.errors import UserError
+from lab.core.images import resize_bytes as resize
 from lab.scorers.load import Scorers
 
 Similarity = Literal["clip", "features", "feature_lpips", "lpips"]
@@ -110,19 +111,8 @@ def prepare(images: Tensor, preprocessing: str) -> Tensor:
         return images
     x = images.float() / 510 + 0.5
     if images.shape[-1] > LEGACY_SIDE:
-        x = _interpolate(x, LEGACY_SIDE)
+        x = F.interpolate(x, (LEGACY_SIDE, LEGACY_SIDE), mode="bilinear", antialias=True)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """Return uint8 images [n, 3, side, side]."""
-    if images.shape[-1] == side:
-        return images
-    return _interpolate(images.float(), side).round().clamp(0, 255).to(torch.uint8)
-
-
-def _interpolate(x: Tensor, side: int) -> Tensor:
-    return F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def encode(scorers: Scorers, kind: str, images: Tensor) -> Tensor:

@@ -112,6 +112,14 @@ def resize(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
     return F.interpolate(images, size, mode=mode, antialias=True).clamp(0.0, 1.0)
 
 
+def resize_bytes(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """Return images uint8 [n, 3, s, s] as uint8 [n, 3, side, side], with antialiasing."""
+    if images.shape[-1] == side:
+        return images
+    scaled = F.interpolate(images.float(), (side, side), mode=mode, antialias=True)
+    return scaled.round().clamp(0, 255).to(torch.uint8)
+
+
 def expand_path(key: str, value: object) -> Path:
     """Return ``value`` as a path; ``~`` and ``~user`` become the home folder.
 

@@ -11,7 +11,6 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from lab.core.cache import stage_key
 from lab.core.config import AsList, Count, Index, Names, Text, config, options
@@ -27,6 +26,7 @@ from lab.core.data import (
 )
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import fingerprint
+from lab.core.images import resize_bytes
 from lab.core.seeding import derive
 from lab.core.types import Scenario
 from lab.minisd.world import world
@@ -59,16 +59,6 @@ _SomeNames = Annotated[Names, Field(min_length=1)]
 def empty(side: int) -> CaptionedImages:
     """Return no images."""
     return CaptionedImages(torch.zeros((0, 3, side, side), dtype=torch.uint8), ())
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """Scale uint8 [n, 3, s, s] to uint8 [n, 3, side, side] (bicubic, antialiased)."""
-    if images.shape[-1] == side:
-        return images
-    large = torch.nn.functional.interpolate(
-        images.float(), (side, side), mode="bicubic", antialias=True
-    )
-    return large.round().clamp(0, 255).to(torch.uint8)
 
 
 def hashed(
@@ -119,7 +109,7 @@ class Studio:
     def render(self, shown: Sequence[Picture], caption: Caption) -> CaptionedImages:
         """Draw the images ``shown`` with captions."""
         pixels = torch.from_numpy(np.stack([world.render(p) for p in shown]))
-        images = resize(pixels.permute(0, 3, 1, 2).contiguous(), self.side)
+        images = resize_bytes(pixels.permute(0, 3, 1, 2).contiguous(), self.side, "bicubic")
         painted = all(p.style != PHOTO for p in shown)
         described = tuple(words.description(p) for p in shown) if painted else ()
         return CaptionedImages(images, tuple(caption(p) for p in shown), described)
