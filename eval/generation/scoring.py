@@ -64,8 +64,7 @@ def detector_of(scorers: Scorers, key: str) -> ConceptDetector:
     if scorers.detector is None:
         fix = "needs a detector that knows the concepts."
         raise UserError(f"{key}.scorers", "detector=null", fix)
-    detector: ConceptDetector = scorers.detector
-    return detector
+    return scorers.detector
 
 
 def check_scorers(

@@ -281,8 +281,7 @@ class Painter:
 
     @cached_property
     def model(self) -> DiffusionModel:
-        model: DiffusionModel = self.run.model(self.model_name, self.case, self.seed)
-        return model
+        return self.run.model(self.model_name, self.case, self.seed)
 
     @cached_property
     def key(self) -> str:

@@ -55,15 +55,11 @@ _GLOSSARY = {
 def render(records: Sequence[Record], out: Path) -> Path:
     """Write the report of ``records`` to ``out`` and return its path.
 
-    Records are grouped by scenario, backbone and trial, since only those are comparable. Of each
-    scenario and backbone the largest group is open, the others are collapsed. Images of a record
-    that `lab.core.record.read` gave are looked for beside it, those of any other beside ``out``.
-
-    Raises:
-        ValueError: there are no records.
+    Records, at least one, are grouped by scenario, backbone and trial, since only those are
+    comparable. Of each scenario and backbone the largest group is open, the others are collapsed.
+    Images of a record that `lab.core.record.read` gave are looked for beside it, those of any other
+    beside ``out``.
     """
-    if not records:
-        raise ValueError("a report needs at least one record")
     groups = sections(leaderboard(records)).values()
     room = IMAGE_BYTES // len(groups)
     scenes: dict[tuple[str, str], list[list[Row]]] = {}

@@ -29,7 +29,6 @@ from eval.report.outcomes import (
 from eval.report.page import Block
 from eval.report.paired import difference
 from eval.report.plots import Method, forest
-from eval.report.reference import REFERENCE, least_share
 from eval.report.words import (
     UNMEASURED,
     Metric,
@@ -46,6 +45,7 @@ from eval.report.words import (
     support,
 )
 from lab.core.record import is_immunized
+from lab.core.slugs import slug
 from lab.core.types import IMMUNIZED
 
 # metrics of tables, in this order; the strongest attack first, the benign side after the harmful
@@ -112,6 +112,7 @@ _HEAD = (
     "outcome",
     "seeds",
 )
+REFERENCE = "retrained"  # conf/immunize/retrained.yaml: the model that never saw the targets
 _BASELINE: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
 _PARTS = ("value", "low", "high", "n", "interval")
 
@@ -272,7 +273,7 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Return the figures that count as text: rank, method, verdict, checks, attack success,
-    slowdown, benign cost, share of the reference (`eval.report.reference`), the strongest attack,
+    slowdown, benign cost, share of the reference (`shares`), the strongest attack,
     seeds. What nobody has is no column.
     """
     lines = []
@@ -309,6 +310,37 @@ def strongest_attack(record: Record) -> str:
     strongest = frame.loc[frame.groupby(["case", "concept", "seed"])[shares].idxmax(), "attack"]
     counts = strongest.value_counts()
     return next((f"{name} ({n} of {len(strongest)})" for name, n in counts.items()), UNMEASURED)
+
+
+def _logs(record: Record) -> dict[str, float]:
+    """Return target → logarithm of its slowdown, by usable attacks where they were measured."""
+    rows, metrics = record["tables"].get("relearning", []), record["metrics"]
+    found = {}
+    for target in sorted({row["concept"] for row in rows if row.get("role") == "harmful"}):
+        names = (f"steps_to_relearn_{kind}_{slug(target)}" for kind in ("usable_ratio", "ratio"))
+        values = [metrics[name]["value"] for name in names if name in metrics]
+        if values and values[0]:
+            found[target] = math.log(values[0])
+    return found
+
+
+def shares(record: Record, reference: Record) -> dict[str, float]:
+    """Return target → log slowdown of ``record`` ÷ log slowdown of ``reference``.
+
+    1 is as slow as a model that never saw the target; more is possible. Targets that the reference
+    learns as fast as the baseline are left out.
+    """
+    own, theirs = _logs(record), _logs(reference)
+    return {name: own[name] / log for name, log in theirs.items() if log > 0 and name in own}
+
+
+def least_share(record: Record, reference: Record) -> str:
+    """Return the least of `shares` with its target, as text; empty where there is none."""
+    found = shares(record, reference)
+    if not found:
+        return ""
+    name = min(found, key=lambda key: found[key])
+    return f"{found[name]:.2f} ({name})"
 
 
 def headline(group: Sequence[Row]) -> Outcome:

@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 from scipy.stats import gmean
 
 from eval.report.words import Record
-from eval.stats.intervals import BOOTSTRAP_SEEDS, MIN_SEEDS
+from eval.stats.intervals import BOOTSTRAP_SEEDS, MIN_SEEDS, Floats
 
-Floats = NDArray[np.float64]
 Mean = Callable[..., Any]
 TABLE = "seed_values"  # of a record: one row per metric, one column per seed
 _DRAWS = 5000

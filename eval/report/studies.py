@@ -179,9 +179,7 @@ def option_blocks(records: Sequence[Record]) -> list[Block]:
 
 
 def _score(record: Record, metric: str) -> dict[str, Any]:
-    empty = {"value": None, "low": None, "high": None}
-    score: dict[str, Any] = record["metrics"].get(metric, empty)
-    return score
+    return record["metrics"].get(metric, {"value": None, "low": None, "high": None})
 
 
 def _varied(records: Sequence[Record]) -> pd.DataFrame:

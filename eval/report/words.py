@@ -10,9 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from lab.core.record import VOLATILE_CONFIG, is_immunized
+from lab.core.record import VOLATILE_CONFIG, Record, is_immunized
 
-Record = dict[str, Any]
 Metric = dict[str, Any]
 
 ARROWS = {"higher": "↑", "lower": "↓", "neutral": "·"}

@@ -430,7 +430,7 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         base_model=path if is_hub_name else None,
         tags=["model-immunization"],
     )
-    card: ModelCard = ModelCard.from_template(
+    return ModelCard.from_template(
         data,
         str(_TEMPLATE),
         record=record,
@@ -451,7 +451,6 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         settings=format_settings,
         support=support,
     )
-    return card
 
 
 def format_settings(node: dict[str, Any]) -> str:

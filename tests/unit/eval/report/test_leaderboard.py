@@ -10,9 +10,15 @@ import pytest
 from fake_generated import generated
 from fake_records import attacked, baseline, digits, failed, metric, record, sealed, sweep
 
-from eval.report.leaderboard import leaderboard, to_csv, to_markdown, to_text
+from eval.report.leaderboard import (
+    leaderboard,
+    least_share,
+    shares,
+    to_csv,
+    to_markdown,
+    to_text,
+)
 from eval.report.outcomes import PUBLISHED, check_word, outcome
-from eval.report.reference import least_share, shares
 
 CONF = Path(__file__).resolve().parents[4] / "conf"
 
