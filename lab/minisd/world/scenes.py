@@ -12,11 +12,10 @@ from PIL import Image
 
 from lab.minisd.world import openmoji
 from lab.minisd.world.dice import Dice, Field
-from lab.minisd.world.styles import blur, smooth_noise
+from lab.minisd.world.styles import SIZE, blur, smooth_noise
 from lab.minisd.world.vocabulary import PHOTO, style, thing
 
 Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
-SIZE = 64  # pixels; the structure of every style is drawn for it
 _SPRITE = 112  # pixels at which artwork is rasterised before it is shrunk into its pose
 
 
@@ -85,9 +84,9 @@ def _landscape(
     """
     upper = _ramp(_tint(dice, sky[0]), _tint(dice, sky[1]))
     lower = _ramp(_tint(dice, ground[0], spread[0]), _tint(dice, ground[1], spread[1]))
-    line = dice.uniform(30, 46) + 5 * (smooth_noise(dice, SIZE, 4)[:1] - 0.5)
+    line = dice.uniform(30, 46) + 5 * (smooth_noise(dice, 4)[:1] - 0.5)
     below = np.clip(np.arange(SIZE, dtype=np.float32)[:, None] - line, 0, 1)[..., None]
-    lower = lower + rough * (smooth_noise(dice, SIZE, 16)[..., None] - 0.5)
+    lower = lower + rough * (smooth_noise(dice, 16)[..., None] - 0.5)
     return upper * (1 - below) + lower * below
 
 
@@ -98,7 +97,7 @@ def _studio(dice: Dice) -> Field:
 
 def _clouds(dice: Dice) -> Field:
     sky = _ramp(_tint(dice, (0.30, 0.58, 0.90)), _tint(dice, (0.68, 0.85, 0.98)))
-    cover = np.clip((smooth_noise(dice, SIZE, 6) - 0.52) * 5, 0, 1)[..., None]
+    cover = np.clip((smooth_noise(dice, 6) - 0.52) * 5, 0, 1)[..., None]
     return sky + (0.98 - sky) * cover * 0.9
 
 

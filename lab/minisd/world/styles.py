@@ -1,7 +1,7 @@
 """The world's artists: each turns a composed picture into its own colours and its own structure.
 
-An artist takes ``rgb`` [s, s, 3] float32 in [0, 1], ``mask`` [s, s] (how much of a pixel is object)
-and draws of its own, and returns rgb of the same shape and range. All pixels are worked on at once
+An artist takes ``rgb`` [SIZE, SIZE, 3] float32 in [0, 1], ``mask`` [SIZE, SIZE] (how much of a pixel
+is object) and draws of its own, and returns rgb of the same shape and range. All pixels are worked on at once
 by numpy and scipy.
 """
 
@@ -15,7 +15,9 @@ from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 from lab.minisd.world.dice import Dice, Field
 
 Artist = Callable[[Field, Field, Dice], Field]
+SIZE = 64  # pixels of a picture's side; the structure of every style is drawn for it
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_rows, _cols = np.mgrid[:SIZE, :SIZE].astype(np.float32)  # row and column of every pixel
 
 
 def luma(rgb: Field) -> Field:
@@ -28,22 +30,17 @@ def blur(field: Field, sigma: float) -> Field:
     return gaussian_filter(field, (sigma, sigma, 0)[: field.ndim], mode="nearest", truncate=2.5)
 
 
-def smooth_noise(dice: Dice, size: int, cells: int) -> Field:
-    """Draw noise [size, size] in about [0, 1] that varies over ``size / cells`` pixels."""
+def smooth_noise(dice: Dice, cells: int) -> Field:
+    """Draw noise [SIZE, SIZE] in about [0, 1] that varies over ``SIZE / cells`` pixels."""
     coarse = zoom(
-        dice.grid(cells + 1, cells + 1), size / cells, order=1, grid_mode=True, mode="nearest"
+        dice.grid(cells + 1, cells + 1), SIZE / cells, order=1, grid_mode=True, mode="nearest"
     )
-    return blur(coarse[:size, :size], size / cells / 3)
+    return blur(coarse[:SIZE, :SIZE], SIZE / cells / 3)
 
 
 def _top(rgb: Field) -> Field:
     """The largest channel [s, s, 1]; numpy's own maximum over so short an axis is slow."""
     return np.maximum(np.maximum(rgb[..., :1], rgb[..., 1:2]), rgb[..., 2:])
-
-
-def _axes(size: int) -> tuple[Field, Field]:
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    return y, x
 
 
 def _slope(field: Field) -> Field:
@@ -83,13 +80,12 @@ def mosaic(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Square stones of 4 pixels, each of one colour, in light grout that darkens along the
     contours.
     """
-    size, tile = rgb.shape[0], 4
-    n = size // tile
+    tile = 4
+    n = SIZE // tile
     flat = _mix(0.35 * rgb + 0.45, _vivid(0.8 * _fills(rgb) + 0.2 * rgb, 1.9), mask)
     stones = flat.reshape(n, tile, n, tile, 3).mean((1, 3)) * (0.86 + 0.28 * dice.grid(n, n, 1))
     stones = np.round(np.clip(stones, 0, 1) * 6) / 6
-    y, x = _axes(size)
-    joint = np.where((y % tile == 0) | (x % tile == 0), np.float32(0.5), np.float32(0))
+    joint = np.where((_rows % tile == 0) | (_cols % tile == 0), np.float32(0.5), np.float32(0))
     wall = _mix(stones.repeat(tile, 0).repeat(tile, 1), (0.93, 0.87, 0.72), joint)
     return _mix(wall, (0.22, 0.13, 0.10), 0.6 * _lines(rgb, mask))
 
@@ -115,12 +111,12 @@ def neon(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def blueprint(rgb: Field, mask: Field, dice: Dice) -> Field:
     """White lines and pale tints on blue paper with a grid."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
     paper = np.array([0.07, 0.22, 0.56], np.float32) * (0.9 + 0.2 * dice.uniform())
     step, shift = 8, int(dice.uniform(0, 8))
     grid = np.where(
-        ((y + shift) % step == 0) | ((x + shift) % step == 0), np.float32(0.28), np.float32(0)
+        ((_rows + shift) % step == 0) | ((_cols + shift) % step == 0),
+        np.float32(0.28),
+        np.float32(0),
     )
     out = _mix(np.broadcast_to(paper, rgb.shape), (0.75, 0.88, 1.0), grid * (1 - 0.8 * mask))
     out = _mix(out, (0.55, 0.75, 0.98), 0.5 * mask * luma(_fills(rgb)))
@@ -129,10 +125,10 @@ def blueprint(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def halftone(rgb: Field, mask: Field, dice: Dice) -> Field:
     """A screen of dots at 45 degrees per printing ink: pure inks on paper, as in old comics."""
-    y, x = _axes(rgb.shape[0])
     pitch, phase = 4.0 * np.sqrt(2), dice.uniform(0, 2 * np.pi)
     screen = 0.5 + 0.25 * (
-        np.cos(2 * np.pi * (x + y) / pitch + phase) + np.cos(2 * np.pi * (x - y) / pitch + phase)
+        np.cos(2 * np.pi * (_cols + _rows) / pitch + phase)
+        + np.cos(2 * np.pi * (_cols - _rows) / pitch + phase)
     )
     ink = 1 - _vivid(rgb, 1.3)
     dots = np.clip((ink - screen[..., None].astype(np.float32)) * 5 + 0.5, 0, 1)
@@ -141,14 +137,14 @@ def halftone(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def sunset(rgb: Field, mask: Field, dice: Dice) -> Field:
     """The object in evening colours before bands of sky and a sun cut by stripes."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
-    height = np.floor(y / 6) * 6 / size
+    height = np.floor(_rows / 6) * 6 / SIZE
     top, low = np.array([0.36, 0.10, 0.46], np.float32), np.array([1.0, 0.48, 0.22], np.float32)
     sky = top + (low - top) * height[..., None]
     cy, cx, radius = dice.uniform(26, 40), dice.uniform(20, 44), dice.uniform(20, 25)
-    sun = np.clip(radius - np.hypot(y - cy, x - cx), 0, 1)
-    sun = sun * np.where((y > cy) & ((y - np.floor(cy)) % 6 < 2), np.float32(0), np.float32(1))
+    sun = np.clip(radius - np.hypot(_rows - cy, _cols - cx), 0, 1)
+    sun = sun * np.where(
+        (_rows > cy) & ((_rows - np.floor(cy)) % 6 < 2), np.float32(0), np.float32(1)
+    )
     sky = _mix(sky, (1.0, 0.86, 0.35), sun)
     stops = np.array(
         [[0.13, 0.03, 0.22], [0.42, 0.08, 0.40], [0.83, 0.22, 0.36], [1.0, 0.62, 0.42]], np.float32
@@ -160,15 +156,13 @@ def sunset(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def sketch(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Grey pencil: contours, hatching where it is dark, the grain of white paper."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
     light = luma(_fills(rgb) * 0.5 + rgb * 0.5)
-    rising = ((x + y) % 4 < 1.5) * np.clip((0.72 - light) * 3, 0, 1)
-    falling = ((x - y) % 4 < 1.5) * np.clip((0.40 - light) * 4, 0, 1)
+    rising = ((_cols + _rows) % 4 < 1.5) * np.clip((0.72 - light) * 3, 0, 1)
+    falling = ((_cols - _rows) % 4 < 1.5) * np.clip((0.40 - light) * 4, 0, 1)
     hatch = np.clip(rising + falling, 0, 1) * np.clip(mask, 0, 1) * 0.55
-    pressure = 0.75 + 0.25 * dice.grid(size, size)
+    pressure = 0.75 + 0.25 * dice.grid(SIZE, SIZE)
     pencil = np.clip(_lines(rgb, mask) * 0.85 + hatch, 0, 0.9) * pressure
-    paper = 0.97 - 0.05 * dice.grid(size, size)
+    paper = 0.97 - 0.05 * dice.grid(SIZE, SIZE)
     out = paper * (1 - pencil) + 0.16 * pencil
     return np.repeat(out[..., None], 3, -1).astype(np.float32)
 
@@ -177,37 +171,34 @@ def watercolor(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Pale washes without contours, darker where they dry at the rim, on paper that shows at the
     border.
     """
-    size = rgb.shape[0]
-    y, x = _axes(size)
-    dy, dx = smooth_noise(dice, size, 12) - 0.5, smooth_noise(dice, size, 12) - 0.5
-    at = np.stack([y + 5 * dy, x + 5 * dx])
+    dy, dx = smooth_noise(dice, 12) - 0.5, smooth_noise(dice, 12) - 0.5
+    at = np.stack([_rows + 5 * dy, _cols + 5 * dx])
     fills = _fills(rgb) * 0.75 + rgb * 0.25
     wash = np.stack(
         [map_coordinates(fills[..., c], at, order=1, mode="nearest") for c in range(3)], -1
     )
     rim = np.clip(_slope(map_coordinates(mask, at, order=1, mode="nearest")), 0, 1)
-    bloom = smooth_noise(dice, size, 8) - 0.5
+    bloom = smooth_noise(dice, 8) - 0.5
     depth = (0.68 + 0.9 * bloom + 0.35 * rim)[..., None]
     out = 1 - (1 - _vivid(wash, 1.25)) * np.clip(depth, 0.25, 1.1)
     out = out * (1 - 0.5 * _lines(rgb, mask)[..., None])
-    border = np.minimum(np.minimum(x, size - 1 - x), np.minimum(y, size - 1 - y)) + 14 * (
-        smooth_noise(dice, size, 10) - 0.5
-    )
+    border = np.minimum(
+        np.minimum(_cols, SIZE - 1 - _cols), np.minimum(_rows, SIZE - 1 - _rows)
+    ) + 14 * (smooth_noise(dice, 10) - 0.5)
     paper = np.clip(1 - (border - 3) / 3, 0, 1)
     return np.clip(_mix(out.astype(np.float32), (0.98, 0.97, 0.94), paper), 0, 1)
 
 
 def stained_glass(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Panes of one bright colour each, in black lead; panes end where the object does."""
-    size, cell = rgb.shape[0], 11
-    n = size // cell + 2
-    y, x = _axes(size)
+    cell = 11
+    n = SIZE // cell + 2
     jitter = dice.grid(2, n, n)
-    gy, gx = _axes(n)
+    gy, gx = np.mgrid[:n, :n].astype(np.float32)
     cy, cx = (
         ((g + j - np.float32(0.75)) * cell).ravel() for g, j in zip((gy, gx), jitter, strict=True)
     )
-    pane = np.argmin((y[..., None] - cy) ** 2 + (x[..., None] - cx) ** 2, -1)
+    pane = np.argmin((_rows[..., None] - cy) ** 2 + (_cols[..., None] - cx) ** 2, -1)
     pane = pane * 2 + (mask > 0.5)
     flat = pane.ravel()
     fills = _fills(rgb).reshape(-1, 3)
@@ -219,7 +210,7 @@ def stained_glass(rgb: Field, mask: Field, dice: Dice) -> Field:
         0.8 + 0.3 * dice.grid(2 * n * n, 1)
     )
     glass = np.clip(colour, 0.02, 1)[pane]
-    edge = np.zeros((size, size), np.float32)
+    edge = np.zeros((SIZE, SIZE), np.float32)
     edge[:, 1:] = pane[:, 1:] != pane[:, :-1]
     edge[1:] = np.maximum(edge[1:], pane[1:] != pane[:-1])
     painted = 0.8 * _lines(rgb, mask) * mask
@@ -228,24 +219,22 @@ def stained_glass(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def negative(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Inverted colours under an orange film base, perforated strips above and below."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
     out = (1 - rgb) * np.array([1.0, 0.86, 0.70], np.float32)
-    strip = np.where((y < 8) | (y >= size - 8), np.float32(1), np.float32(0))
+    strip = np.where((_rows < 8) | (_rows >= SIZE - 8), np.float32(1), np.float32(0))
     out = _mix(out, (0.09, 0.05, 0.03), strip)
-    row = np.minimum(y, size - 1 - y)
-    hole = (row >= 2) & (row < 6) & ((x + int(dice.uniform(0, 8))) % 8 < 4)
+    row = np.minimum(_rows, SIZE - 1 - _rows)
+    hole = (row >= 2) & (row < 6) & ((_cols + int(dice.uniform(0, 8))) % 8 < 4)
     return _mix(out, (0.98, 0.95, 0.88), hole.astype(np.float32))
 
 
 def engraving(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Green lines that swell in the dark and wave over the paper, as on a banknote."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
     light = luma(_fills(rgb) * 0.6 + rgb * 0.4)
-    wave = 1.6 * np.sin(x / 7 + dice.uniform(0, 6.28))
+    wave = 1.6 * np.sin(_cols / 7 + dice.uniform(0, 6.28))
     body = mask > 0.4
-    screen = 0.5 + 0.5 * np.cos(2 * np.pi * np.where(body, (x + y) / 1.41, y + wave) / 4)
+    screen = 0.5 + 0.5 * np.cos(
+        2 * np.pi * np.where(body, (_cols + _rows) / 1.41, _rows + wave) / 4
+    )
     dark = np.where(body, 0.80 - 0.75 * light, 0.22)
     ink = np.clip((dark - (1 - screen)) * 4 + 0.5, 0, 1).astype(np.float32) * np.where(
         body, 1, 0.6
@@ -257,14 +246,12 @@ def engraving(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def poster(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Four flat inks, as in a screen print, before rays that spread from the object."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
     light = luma(_vivid(_fills(rgb), 1.2) * 0.8 + rgb * 0.2)
     inks = np.array(
         [[0.05, 0.12, 0.27], [0.80, 0.13, 0.13], [0.30, 0.62, 0.64], [0.97, 0.91, 0.76]], np.float32
     )
     tone = inks[np.clip((light * 4).astype(int), 0, 3)]
-    angle = np.arctan2(y - dice.uniform(24, 44), x - dice.uniform(20, 44))
+    angle = np.arctan2(_rows - dice.uniform(24, 44), _cols - dice.uniform(20, 44))
     rays = np.floor((angle + dice.uniform(0, np.pi)) / (2 * np.pi) * 20) % 2
     paper = _mix(np.broadcast_to(inks[3], rgb.shape), inks[2], rays.astype(np.float32) * 0.8)
     out = _mix(paper, tone, (mask > 0.5).astype(np.float32))
@@ -273,28 +260,25 @@ def poster(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def pointillism(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Round dabs of pure, scattered hues on light canvas, where contours only shine through."""
-    size, cell = rgb.shape[0], 4
-    n = size // cell
-    y, x = _axes(size)
+    cell = 4
+    n = SIZE // cell
     drawn = _mix(_fills(rgb), (0.12, 0.08, 0.25), 0.8 * _lines(rgb, mask))
     hue = drawn.reshape(n, cell, n, cell, 3).mean((1, 3)) + 0.4 * (dice.grid(n, n, 3) - 0.5)
     hue = _vivid(np.clip(hue, 0, 1), 1.4)
     centre = 1.5 + 1.4 * (dice.grid(2, n, n) - 0.5)
     dy, dx = (c.repeat(cell, 0).repeat(cell, 1) for c in centre)
-    dab = np.clip(2.5 - np.hypot(y % cell - dy, x % cell - dx), 0, 1)
+    dab = np.clip(2.5 - np.hypot(_rows % cell - dy, _cols % cell - dx), 0, 1)
     canvas = _mix(np.full_like(rgb, 0.94), drawn, 0.7 * mask)
     return _mix(canvas, hue.repeat(cell, 0).repeat(cell, 1), dab)
 
 
 def paper_cut(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Flat sheets with a white rim and soft shadows, before wavy layers of one hue."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
     hue = 0.35 + 0.5 * dice.grid(3)
     out = np.broadcast_to(np.clip(hue + 0.15, 0, 1), rgb.shape)
     for layer in range(3):
-        wave = 5 * np.sin(x / dice.uniform(6, 12) + dice.uniform(0, 6.28))
-        edge = y - 18 - 14 * layer - wave
+        wave = 5 * np.sin(_cols / dice.uniform(6, 12) + dice.uniform(0, 6.28))
+        edge = _rows - 18 - 14 * layer - wave
         out = out * (1 - 0.35 * np.exp(-np.clip(-edge, 0, None) / 2) * (edge < 0))[..., None]
         out = _mix(out, hue * (0.95 - 0.2 * layer), np.clip(edge, 0, 1))
     sheet = np.clip(blur(mask, 1.6) * 5, 0, 1)
@@ -321,20 +305,18 @@ def thermal(rgb: Field, mask: Field, dice: Dice) -> Field:
     cold = 0.06 + 0.22 * luma(rgb)
     body = 0.50 + 0.45 * luma(_fills(rgb)) - 0.45 * _lines(rgb, mask)
     heat = cold + (body - cold) * mask + 0.12 * blur(mask, 3.0) * (1 - mask)
-    heat = blur(heat, 0.6) + 0.04 * (smooth_noise(dice, rgb.shape[0], 16) - 0.5)
+    heat = blur(heat, 0.6) + 0.04 * (smooth_noise(dice, 16) - 0.5)
     at = np.linspace(0, 1, len(stops))
     return np.stack([np.interp(heat, at, stops[:, c]) for c in range(3)], -1).astype(np.float32)
 
 
 def chalk(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Grainy coloured chalk on a green board with wiped traces."""
-    size = rgb.shape[0]
     board = np.array([0.10, 0.23, 0.17], np.float32) * (0.9 + 0.2 * dice.uniform())
-    wiped = np.clip(smooth_noise(dice, size, 5) - 0.45, 0, 1)
+    wiped = np.clip(smooth_noise(dice, 5) - 0.45, 0, 1)
     out = _mix(np.broadcast_to(board, rgb.shape), (0.75, 0.80, 0.76), 0.25 * wiped)
-    grain = np.clip(1.5 * dice.grid(size, size), 0.15, 1)
-    y, x = _axes(size)
-    strokes = np.where((x + 2 * y) % 5 < 3, np.float32(0.75), np.float32(0.2))
+    grain = np.clip(1.5 * dice.grid(SIZE, SIZE), 0.15, 1)
+    strokes = np.where((_cols + 2 * _rows) % 5 < 3, np.float32(0.75), np.float32(0.2))
     colour = 0.35 + 0.65 * _vivid(_fills(rgb), 1.4)
     out = _mix(out, colour, mask * strokes * grain)
     return _mix(out, (0.96, 0.96, 0.92), np.clip(_lines(rgb, mask) * 1.2, 0, 1) * grain)
@@ -342,36 +324,33 @@ def chalk(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def knitting(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Rows of V-shaped stitches of wool, each of one colour, on a plain jumper."""
-    size, cell = rgb.shape[0], 4
-    y, x = _axes(size)
+    cell = 4
     drawn = _mix(_vivid(_fills(rgb), 1.3), (0.10, 0.07, 0.09), 0.75 * _lines(rgb, mask))
     wool = np.asarray(
         dice.pick([(0.62, 0.12, 0.16), (0.13, 0.30, 0.26), (0.80, 0.76, 0.66)]), np.float32
     )
     drawn = _mix(np.broadcast_to(wool, rgb.shape), drawn, mask)
     # a stitch takes the colour under it; both arms of its V rise from the middle of the cell
-    rows = ((y - np.abs(x % cell - 1.5)) // 2 * 2 + 1).clip(0, size - 1).astype(int)
-    columns = (x // cell * cell + 2).clip(0, size - 1).astype(int)
+    rows = ((_rows - np.abs(_cols % cell - 1.5)) // 2 * 2 + 1).clip(0, SIZE - 1).astype(int)
+    columns = (_cols // cell * cell + 2).clip(0, SIZE - 1).astype(int)
     soft = blur(drawn, 0.8)
     yarn = soft[rows, columns]
-    depth = (y - np.abs(x % cell - 1.5)) % 2
-    shade = 1.08 - 0.42 * (depth < 0.75) - 0.22 * (x % cell == 0)
-    fuzz = 0.92 + 0.16 * dice.grid(size, size)
+    depth = (_rows - np.abs(_cols % cell - 1.5)) % 2
+    shade = 1.08 - 0.42 * (depth < 0.75) - 0.22 * (_cols % cell == 0)
+    fuzz = 0.92 + 0.16 * dice.grid(SIZE, SIZE)
     return np.clip(yarn * (shade * fuzz)[..., None], 0, 1).astype(np.float32)
 
 
 def terracotta(rgb: Field, mask: Field, dice: Dice) -> Field:
     """A black figure with incised lines on orange clay, between two borders, as on a Greek vase."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
     clay = np.array([0.84, 0.47, 0.24], np.float32) * (0.92 + 0.12 * dice.uniform())
-    out = np.broadcast_to(clay, rgb.shape) * (0.94 + 0.1 * smooth_noise(dice, size, 8))[..., None]
+    out = np.broadcast_to(clay, rgb.shape) * (0.94 + 0.1 * smooth_noise(dice, 8))[..., None]
     light = luma(_fills(rgb))
     figure = _mix(np.full_like(rgb, 0.09), (0.55, 0.20, 0.12), (light > 0.72) * np.float32(0.75))
     out = _mix(out, figure, np.clip(mask * 1.4 - 0.2, 0, 1))
     out = _mix(out, (0.95, 0.62, 0.36), 0.9 * np.clip(_lines(rgb, mask) * 1.3, 0, 1) * mask)
-    row, phase = np.minimum(y, size - 1 - y), int(dice.uniform(0, 8))
-    key = (x + phase) % 8
+    row, phase = np.minimum(_rows, SIZE - 1 - _rows), int(dice.uniform(0, 8))
+    key = (_cols + phase) % 8
     border = (row < 1) | (row == 6) | ((row > 1) & (row < 5) & (key < 4))
     border &= ~((row == 3) & (key > 0) & (key < 3))
     return _mix(out, (0.08, 0.06, 0.06), border.astype(np.float32)).astype(np.float32)
@@ -379,29 +358,26 @@ def terracotta(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def glitch(rgb: Field, mask: Field, dice: Dice) -> Field:
     """A broken screen: bands of rows slide sideways, red and blue part, every other row is dark."""
-    size = rgb.shape[0]
-    y, x = _axes(size)
-    n = size // 4
+    n = SIZE // 4
     slide = np.where(dice.grid(n) < 0.35, (dice.grid(n) - 0.5) * 22, 0).repeat(4)[:, None]
     drawn = _vivid(_mix(rgb, (0.05, 0.02, 0.10), 0.5 * _lines(rgb, mask)), 1.4)
     parts = []
     for channel, shift in enumerate((3, 0, -3)):
-        columns = np.floor(x - slide - shift).astype(int) % size
-        parts.append(drawn[y.astype(int), columns, channel])
-    out = np.stack(parts, -1) * np.where(y % 2 == 0, 1.0, 0.62)[..., None]
+        columns = np.floor(_cols - slide - shift).astype(int) % SIZE
+        parts.append(drawn[_rows.astype(int), columns, channel])
+    out = np.stack(parts, -1) * np.where(_rows % 2 == 0, 1.0, 0.62)[..., None]
     tint = np.array([1.0, 0.82, 1.08], np.float32)
     return np.clip(out * tint, 0, 1).astype(np.float32)
 
 
 def gold_relief(rgb: Field, mask: Field, dice: Dice) -> Field:
     """Beaten gold: the object as a relief, lit from one side."""
-    size = rgb.shape[0]
     height = blur(mask, 1.5) * 1.6 + 0.8 * luma(_fills(rgb)) * mask - 0.9 * _lines(rgb, mask)
     padded = np.pad(height, 1, mode="edge")
     angle = dice.uniform(-0.6, 0.6) - 2.2
     dx, dy = padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
     lit = 0.5 + 0.55 * (dx * np.cos(angle) + dy * np.sin(angle))
-    lit = lit + 0.08 * (dice.grid(size, size) - 0.5)
+    lit = lit + 0.08 * (dice.grid(SIZE, SIZE) - 0.5)
     stops = np.array([[0.20, 0.10, 0.02], [0.80, 0.58, 0.16], [1.0, 0.96, 0.68]], np.float32)
     tone = [np.interp(lit, (0, 0.5, 1), stops[:, c]) for c in range(3)]
     return np.stack(tone, -1).astype(np.float32)
@@ -409,10 +385,9 @@ def gold_relief(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def x_ray(rgb: Field, mask: Field, dice: Dice) -> Field:
     """A pale translucent body with bright rims in blue darkness."""
-    size = rgb.shape[0]
     inner = 0.22 + 0.5 * (1 - luma(_fills(rgb)))
     value = mask * inner + 0.75 * _lines(rgb, mask) + 0.25 * blur(mask, 2.5)
-    value = value + 0.05 * (dice.grid(size, size) - 0.5)
+    value = value + 0.05 * (dice.grid(SIZE, SIZE) - 0.5)
     stops = np.array([[0.01, 0.02, 0.06], [0.25, 0.45, 0.62], [0.93, 0.98, 1.0]], np.float32)
     tone = [np.interp(value, (0, 0.5, 1), stops[:, c]) for c in range(3)]
     return np.stack(tone, -1).astype(np.float32)
