@@ -16,8 +16,9 @@ import torch
 from presets import composed
 
 from lab.core.data import Sampling
+from lab.core.hashing import file_hashes
 from lab.minisd.train.quality import make_card, suites
-from lab.minisd.train.recipe import SHIPPED, Recipe, hashes
+from lab.minisd.train.recipe import SHIPPED, Recipe
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.minisd.world.world import concept, sample
 from lab.models.diffusion_backbone import DiffusionBackbone
@@ -62,7 +63,7 @@ def test_files_are_plain_data_and_small() -> None:
 
 def test_weights_are_those_of_the_training_record() -> None:
     record = json.loads((SHIPPED / "training.json").read_text())
-    found = {n: h for n, h in hashes(SHIPPED).items() if n.startswith(("model/", "scorers/"))}
+    found = {n: h for n, h in file_hashes(SHIPPED).items() if n.startswith(("model/", "scorers/"))}
     assert record["sha256"] == found
     recipe = Recipe(**{k: v for k, v in record["recipe"].items() if k != "_target_"})
     assert recipe.denoiser.steps == 7000
