@@ -5,7 +5,7 @@ A page marks a figure by two comments, inside a sentence or around a table or pl
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
 ``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack`,
-`correlation` or `plot`.
+`median`, `correlation` or `plot`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
 page and its records differ. An image is drawn again where it shows other values, or where its file
 was deleted. Fenced blocks are left alone.
@@ -147,6 +147,13 @@ def by_attack(records: str, method: str, rows: dict[str, str], columns: dict[str
     return markdown([["Attack", *columns], *body])
 
 
+def median(records: str, method: str, curve: str) -> str:
+    """Return the median of a curve of the immunized model, and its range."""
+    values = [v for v in read(records, method)["curves"][curve]["immunized"] if v is not None]
+    middle, low, high = np.median(values), min(values), max(values)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})".replace("-", "−")
+
+
 def correlation(records: str, x: str, y: str) -> str:
     """Return Spearman's ρ between two metrics of concepts, ``sgr_clip`` and ``asr``, over all
     records of a folder, seeds and concepts that have both, with a 95 % interval (bootstrap over
@@ -257,7 +264,7 @@ def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
 def render(page: Path, text: str) -> str:
     """Return the text of ``page`` with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
-    names = {f.__name__: f for f in (score, table, grid, by_attack, correlation)}
+    names = {f.__name__: f for f in (score, table, grid, by_attack, median, correlation)}
     names["plot"] = functools.partial(plot, page)
 
     def replace(match: re.Match[str]) -> str:
