@@ -31,6 +31,7 @@ METHODS = {  # label → record
     "mima_deep (ours)": "mima_deep",
     "MIMA": "mima",
     "MIMA, a third of the step": "mima_lr_1e-4",
+    "MIMA, as released": "mima_released",
     "compose": "compose",
     "IMMA": "imma",
     "another seed (control)": "other_seed",
