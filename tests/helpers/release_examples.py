@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from image_folder import write_folder
 from presets import composed as composed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_diffusion import pictures, tiny_diffusion
 
+from lab.minisd.world import folders
 from lab.minisd.world.world import concept
 from lab.runner.experiment import run_once
 
 
 def concept_folder(folder: Path, name: str, count: int = 6) -> Path:
     found = pictures(concept(name), 1, count)
-    return write_folder(
+    return folders.write(
         folder,
         found.images,
         [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(found.prompts)],

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 from entry_point import call_entry
-from image_folder import write_folder
 from release_examples import composed, concept_folder, tiny_folder
 from safetensors.torch import save_file
 
 from lab.cli.arguments import rewrite
 from lab.core import record as records
 from lab.core.errors import UserError
+from lab.minisd.world import folders
 from lab.release.audit import find_other_targets, prepare
 from lab.runner.assemble import assemble
 
@@ -107,7 +107,7 @@ def test_scorers_for_real_images_end_in_a_verdict_by_a_calibrated_detector(
     for i, name in enumerate(("red", "green")):
         noise[i, :, i] += 200
         rows = [{"text": f"a {name} thing"}] * 8
-        write_folder(tmp_path / name, noise[i].to(torch.uint8), rows)
+        folders.write(tmp_path / name, noise[i].to(torch.uint8), rows)
     rows = [{"path": "red", "role": "harmful"}, {"path": "green", "role": "benign"}]
     (tmp_path / "concepts.yaml").write_text(yaml.safe_dump(rows))
     clip = tiny_clip(tmp_path / "clip")

@@ -10,10 +10,12 @@ from __future__ import annotations
 import csv
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from PIL import Image
 from torch import Tensor
 
 from lab.core.errors import UserError, as_user_error, nearest
@@ -36,6 +38,34 @@ class ConceptFolder:
         return [row["text"] for row in self.rows]
 
 
+def write(folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``.
+
+    The folder appears complete or not at all. The same input gives the same bytes.
+
+    Raises:
+        UserError: the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("folder", folder, "exists and is not empty; choose another one")
+    columns = dict.fromkeys(["file_name", "text", *(key for row in rows for key in row)])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
+        with (partial / METADATA).open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+            table.writeheader()
+            for i, (image, row) in enumerate(zip(images, rows, strict=True)):
+                name = f"{i:05d}.png"
+                pixels = image.permute(1, 2, 0).contiguous().numpy()
+                Image.fromarray(pixels).save(partial / name, compress_level=4)
+                table.writerow({**row, "file_name": name})
+        partial.replace(folder)
+    return folder
+
+
 def read(
     folder: str | Path,
     size: int,
@@ -50,15 +80,19 @@ def read(
     with a warning.
 
     Args:
-        size: side of the images in pixels.
+        size: side of the images in pixels, a multiple of 8.
         select: only rows with these values, for example ``{"object": "fox", "style": "mosaic"}``.
         key: the config key that errors name.
 
     Raises:
         UserError: no such folder, no image in it, a path that leaves it, an image that cannot be
-            read or is too large, broken metadata, an unknown ``select`` (with the nearest values).
+            read or is too large, broken metadata, an unknown ``select`` (with the nearest values),
+            a size that no model takes.
     """
     folder = expand_path(key, folder)
+    if size < 8 or size % 8:
+        fix = "must be a multiple of 8, as latents are 8 (or 4) times smaller"
+        raise UserError("resolution", size, fix)
     if not folder.is_dir():
         raise UserError(key, folder, "this folder does not exist; set the key to one with images")
     rows = _rows(folder, key)

@@ -8,12 +8,11 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from image_folder import write_folder
 from PIL import Image
 
 from lab.core.errors import UserError
 from lab.core.images import read_image, stack
-from lab.minisd.world.folders import read
+from lab.minisd.world.folders import read, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are left out")
 
@@ -41,7 +40,7 @@ def test_round_trip_and_select(tmp_path) -> None:
         {"text": "é", "object": "fox"},
         {"text": "x", "object": "owl"},
     ]
-    folder = write_folder(tmp_path / "c", images, rows)
+    folder = write(tmp_path / "c", images, rows)
     back = read(folder, 16)
     assert torch.equal(back.images, images)
     assert back.texts == [r["text"] for r in rows]
@@ -51,6 +50,12 @@ def test_round_trip_and_select(tmp_path) -> None:
     ]
     with pytest.raises(UserError, match="owl"):
         read(folder, 16, select={"object": "owle"})
+
+
+def test_write_refuses_to_mix(tmp_path) -> None:
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match="not empty"):
+        write(_folder(tmp_path / "c", "a.png,x,y"), images, [{"text": "x"}])
 
 
 @pytest.mark.parametrize(
@@ -161,9 +166,11 @@ def test_folders_without_metadata_or_text_are_captioned_by_name(tmp_path) -> Non
     assert got.texts == ["a photo of my old dog"] * 2
 
 
-def test_empty_and_missing_folders(tmp_path) -> None:
+def test_empty_missing_and_wrong_resolution(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image"):
         read(tmp_path / "empty", 8)
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "nowhere", 8)
+    with pytest.raises(UserError, match="multiple of 8"):
+        read(tmp_path / "empty", 60)

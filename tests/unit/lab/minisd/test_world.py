@@ -11,6 +11,7 @@ import torch
 from lab.core.errors import UserError
 from lab.minisd.world import captions, openmoji
 from lab.minisd.world.dice import Dice
+from lab.minisd.world.folders import read, write
 from lab.minisd.world.vocabulary import (
     HELD_OUT_OBJECTS,
     HELD_OUT_PAIRS,
@@ -23,6 +24,7 @@ from lab.minisd.world.vocabulary import (
     THINGS,
 )
 from lab.minisd.world.world import (
+    EVERYTHING,
     TRAINING,
     UNSEEN_PAIRS,
     concept,
@@ -110,6 +112,17 @@ def test_same_seed_same_bytes_in_any_order_and_number_of_processes() -> None:
     assert shared.pictures == whole.pictures
     other = sample(TRAINING, 6, 20)
     assert all(not torch.equal(a, b) for a, b in zip(whole.images[:20], other.images, strict=True))
+
+
+def test_a_written_folder_reads_back(tmp_path) -> None:
+    made = sample(EVERYTHING, 2, 24)
+    rows = [{"text": text} for text in made.texts]
+    folder, again = (write(tmp_path / name, made.images, rows) for name in ("world", "again"))
+    back = read(folder, 64)
+    assert torch.equal(back.images, made.images)
+    assert back.texts == made.texts
+    for path in folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
 
 
 # ---- what a picture looks like

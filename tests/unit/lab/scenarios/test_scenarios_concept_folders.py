@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 from hydra.utils import instantiate
-from image_folder import write_folder
 from omegaconf import OmegaConf
 from scenario_configs import config, hashes
 
 import run  # noqa: F401 - registers a resolver of the config
 from immunize.mima.method import Mima
 from lab.core.errors import UserError, UserErrors
+from lab.minisd.world import folders
 from lab.scenarios.concept_folders import ConceptFolders, Shares
 
 SAMPLING = {"count": 3, "steps": 2, "guidance": 2.0}  # else of the checkpoint
@@ -31,8 +31,8 @@ def root(tmp_path):
         (("rex", "a photo of Rex"), ("mug", "my mug"), ("hat", "no words of it"))
     ):
         rows = [{"text": caption}] * 8
-        write_folder(tmp_path / name, noise(8, i), rows)
-    write_folder(
+        folders.write(tmp_path / name, noise(8, i), rows)
+    folders.write(
         tmp_path / "rest", noise(12, 9), [{"text": f"scene number {i}"} for i in range(12)]
     )
     return tmp_path
@@ -108,8 +108,8 @@ def test_folders_without_surroundings_borrow_the_world(root) -> None:
 
 def test_folders_with_both_pools_captions_and_prior(root) -> None:
     texts = ("one", "two hats", "scene number 3", "a hat", "five")
-    write_folder(root / "more", noise(5, 20), [{"text": t} for t in texts])
-    write_folder(root / "dogs", torch.cat([noise(4, 21), noise(1, 0)]), [{"text": "a dog"}] * 5)
+    folders.write(root / "more", noise(5, 20), [{"text": t} for t in texts])
+    folders.write(root / "dogs", torch.cat([noise(4, 21), noise(1, 0)]), [{"text": "a dog"}] * 5)
     (root / "c.txt").write_text(
         "a tree\n\na house\na photo of my mug\ntwo Mugs\n", encoding="utf-8"
     )
@@ -128,7 +128,7 @@ def test_folders_with_both_pools_captions_and_prior(root) -> None:
 @pytest.mark.filterwarnings("ignore:.*have no text")
 def test_copies_are_used_once_and_a_folder_without_metadata_works(root) -> None:
     images = torch.cat([noise(4, 30), noise(2, 30)])
-    write_folder(root / "twice", images, [{"text": "x"}] * 6)
+    folders.write(root / "twice", images, [{"text": "x"}] * 6)
     (root / "twice" / "metadata.csv").unlink()
     given = [*listed(), entry("twice", "harmful")]
     found = folder_scenario(root, given).load(0)
@@ -139,7 +139,7 @@ def test_copies_are_used_once_and_a_folder_without_metadata_works(root) -> None:
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_four_images_are_enough_for_an_immunizer_and_three_are_not(root, count) -> None:
-    write_folder(root / "few", noise(count, 40), [{"text": "x"}] * count)
+    folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
     (case,) = folder_scenario(root, [*listed(), entry("few", "harmful")]).load(0).cases
     if count == 4:
         return Mima().check((case,))
@@ -148,9 +148,9 @@ def test_four_images_are_enough_for_an_immunizer_and_three_are_not(root, count) 
 
 
 def test_shared_images(root) -> None:
-    write_folder(root / "own", noise(8, 0), [{"text": "rex in person"}] * 8)
+    folders.write(root / "own", noise(8, 0), [{"text": "rex in person"}] * 8)
     same = noise(8, 0)
-    write_folder(root / "copy", same, [{"text": "x"}] * 8)
+    folders.write(root / "copy", same, [{"text": "x"}] * 8)
     with pytest.raises(UserError, match="one of rex, too"):
         folder_scenario(root, [*listed(), entry("copy", "benign")]).load(0)
     with pytest.raises(UserError, match=r"scenario\.keep.*unrelated to the concepts"):
