@@ -1,5 +1,6 @@
-"""Full and read-only disks, a lock of another process, keys in the environment: a clear message,
-and the run that follows gives the same content as one that was never disturbed.
+"""Full and read-only disks, a jumping clock, locks of the living and the dead, keys in the
+environment: a clear message, and the run that follows gives the same content as one that was never
+disturbed.
 """
 
 import logging
@@ -117,6 +118,24 @@ def test_a_read_only_disk_is_told_and_its_records_can_still_be_reported(cli, sma
     assert (tmp_path / "elsewhere" / "leaderboard.md").is_file()
 
 
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_changes_nothing(cli, tmp_path, monkeypatch, undisturbed, jump):
+    real, calls = time.time, []
+
+    def jumping():
+        calls.append(None)
+        return real() + jump * (len(calls) > 3)
+
+    monkeypatch.setattr(time, "time", jumping)
+    code, _, err = cli(*FAST)
+    assert code == 0, err
+    assert len(calls) > 3
+    record = newest(tmp_path)
+    assert record["content_hash"] == undisturbed
+    assert 0 <= record["provenance"]["wall_time_s"] < 3600
+    assert cli("action=status")[0] == 0
+
+
 HOLD = """
 import sys, time
 from filelock import FileLock
@@ -142,6 +161,18 @@ def artefact_to_compute_again(place):
     folder = next(p.parent for p in (place / "outputs/cache/attack").rglob("meta.json"))
     (folder / "meta.json").unlink()
     return folder
+
+
+def test_the_lock_of_a_dead_process_does_not_hold(cli, tmp_path, undisturbed):
+    assert cli(*FAST)[0] == 0
+    process = holder(artefact_to_compute_again(tmp_path).with_suffix(".lock"))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    code, _, err = cli(*FAST)
+    assert code == 0, err
+    assert "another process" not in err
+    assert newest(tmp_path)["content_hash"] == undisturbed
 
 
 def test_the_lock_of_a_living_process_is_told_and_waited_for(cli, tmp_path, undisturbed):
