@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
-import torch
 from pydantic import SkipValidation
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from eval.stats.intervals import Unit, columns, score_share
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError
+from lab.core.hashing import file_hash, stage_key
 from lab.core.images import SUFFIXES, expand_path, read_image, stack
 from lab.core.types import RunMetric, RunView, Scores
 
@@ -57,12 +58,20 @@ class FalsePositives(RunMetric):
                 fix = f"has no unrelated images, and eval.{self.name} needs some."
                 raise UserError("scenario", case.name, fix)
             self.detector.detects(case.unrelated.images[:1], self.concept)
-        self._own()
+        if self.folder is not None:
+            self._files()
+
+    def fingerprint(self) -> str:
+        if self.folder is None:
+            return ""
+        return stage_key(folder=[file_hash(path) for path in self._files()])
 
     def __call__(self, run: RunView) -> Scores:
         units: dict[str, list[Unit]] = {}
         if self.folder is not None:
-            units["_folder"] = [self._unit(run.seeds[0], self._own())]
+            key = f"eval.{self.name}.folder"
+            own = stack([read_image(path, SIDE, key) for path in self._files()])
+            units["_folder"] = [self._unit(run.seeds[0], own)]
         for seed, case in walk(run, "false positives"):
             units.setdefault("_reference", []).append(self._unit(seed, case.unrelated.images))
             prompts = in_turn(case.unrelated.prompts, self.count)
@@ -77,13 +86,11 @@ class FalsePositives(RunMetric):
         seen = self.detector.detects(images, self.concept).double()
         return Unit(seed, seen[:, None].numpy(), columns)
 
-    def _own(self) -> Tensor:
-        """Return the images of ``folder``, uint8 [n, 3, `SIDE`, `SIDE`]; empty without one."""
-        if self.folder is None:
-            return torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8)
+    def _files(self) -> list[Path]:
+        """Return the image files of ``folder``, in the order of their names."""
         key = f"eval.{self.name}.folder"
-        files = expand_path(key, self.folder).rglob("*")
-        images = [read_image(p, SIDE, key) for p in sorted(files) if p.suffix.lower() in SUFFIXES]
+        files = sorted(expand_path(key, self.folder).rglob("*"))
+        images = [path for path in files if path.suffix.lower() in SUFFIXES]
         if not images:
             raise UserError(key, self.folder, f"has no {', '.join(sorted(SUFFIXES))} files.")
-        return stack(images)
+        return images

@@ -126,6 +126,9 @@ def hypergradient(
     method = options.method
     keep = method in ("exact", "truncated") and not options.recompute
     traces, merged, drop = _adapt(theta, inner, merge, team, keep, keep_final=options.compare_own)
+    own: Params = {}
+    if options.compare_own:  # before J, whose losses `outer` may note
+        own = _own_gradient(inner, traces, outer, outer_names, team)
     v = _outer_gradient(outer, merged, len(inner), team)
     first = gradient = {x: v[x] for x in outer_names}
     info, cosine = dict[str, Any](merge.residual()), float("nan")
@@ -136,7 +139,6 @@ def hypergradient(
                 info.setdefault(key, []).append(fact)
         cosine = compute_cosine(gradient, first)
     if options.compare_own:
-        own = _own_gradient(inner, traces, outer, outer_names, team)
         info["cosine_own"] = compute_cosine(gradient, own)
     if not is_finite(gradient.values()):
         raise Diverged("the hypergradient is not finite", 0)
@@ -212,7 +214,7 @@ def _own_gradient(
     names: Sequence[str],
     team: Team,
 ) -> Params:
-    """Return the gradient of mean_n outer_n(θ'_n) on the outer set."""
+    """Return the gradient of Σ_n outer_n(θ'_n) on the outer set."""
     total: Params = {}
 
     def compute(n: int) -> Params:

@@ -64,6 +64,17 @@ def test_false_positives_of_references_generations_and_a_folder(tmp_path):
     }
 
 
+def test_another_content_of_the_folder_is_another_stage(tmp_path):
+    from PIL import Image
+
+    metric = FalsePositives(detector=Blue(), concept="blue", folder=str(tmp_path))
+    hashes = set()
+    for colour in ((0, 0, 255), (0, 9, 0)):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "0.png")
+        hashes.add(metric.fingerprint())
+    assert len(hashes) == 2
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     metric = FalsePositives(detector=Blue(), concept="blue", folder=str(tmp_path))
     with pytest.raises(UserError, match=r"has no \.bmp"):

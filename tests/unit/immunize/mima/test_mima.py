@@ -48,6 +48,13 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     assert all(("cosine" in values) == compared for _, values in rows)
 
 
+def test_comparing_with_adaptation_alone_changes_no_other_figure():
+    _, plain = rows_of(preset("mima"))
+    _, compared = rows_of(preset("mima", hypergradient={"compare_own": True}))
+    assert all(-1 <= values.pop("cosine_own") <= 1 for _, values in compared)
+    assert compared == plain
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
