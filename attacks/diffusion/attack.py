@@ -522,6 +522,9 @@ class ConceptLearner:
         if self.moving.move is not None:
             self.moving.move(step + 1, self.steps)
             return float(concept.detach())
+        if not loss.requires_grad:
+            reason = "the loss depends on none of them; `open` must put them into the model."
+            raise UserError(attack.key, list(self.moving.parameters), reason)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if attack.clip is not None:

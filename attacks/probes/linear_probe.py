@@ -107,10 +107,8 @@ def _sort_by_angle(z: Tensor, energy: float = 0.9) -> Tensor:
     subspace that holds ``energy`` of ‖Z‖²_F, largest first.
     """
     z = z.to(torch.float64)
-    inside = (z @ leading_directions(z, energy)).square().sum(1) / z.square().sum(1).clamp_min(
-        1e-300
-    )
-    return torch.argsort(inside, stable=True)
+    inside = (z @ leading_directions(z, energy)).square().sum(1)
+    return torch.argsort(inside / z.square().sum(1).clamp_min(1e-300), stable=True)
 
 
 def _targets(split: Split, task: Task) -> Tensor:

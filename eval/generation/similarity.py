@@ -406,7 +406,7 @@ def merge_scores(run: RunView) -> dict[str, Score]:
         known = [[x for x in h.get(name, []) if not math.isnan(x)] for h in histories]
         if last := [values[-1] for values in known if values]:
             value = median(last)
-            name = name if name.startswith("merge_") else f"merge_{name}"
+            name = f"merge_{name.removeprefix('merge_')}"
             out[name] = Score(value if math.isfinite(value) else None, n=len(last))
     return out
 

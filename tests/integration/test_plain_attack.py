@@ -5,28 +5,20 @@ images.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
+from docs_examples import EXAMPLES, load
 from PIL import Image
 from release_examples import concept_folder, tiny_folder
 from safetensors.torch import load_file
 
-from lab.core.sources import PACKAGES, ROOT
+from lab.core.sources import PACKAGES
 from lab.minisd.world.world import Subset, concept, sample
 
-EXAMPLES = ROOT / "docs" / "examples"
 ATTACK, SCORER = "lora_without_this_project", "score_plain_attack"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

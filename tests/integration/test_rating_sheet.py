@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from test_plain_attack import load
+from docs_examples import load
 
 from lab.core.images import png
 from lab.core.types import ImageGrid
