@@ -90,6 +90,7 @@ LEFT_OUT = {("attacks", "none"), ("eval", "false_positives")} | {
         "stored",
         "joint_stored",
         "joint_stored_uce",
+        "mima_deep_stored",
         "undo_mima_deep",
         "retrained_mima_deep",
     )
