@@ -5,7 +5,7 @@ A page marks a figure by two comments, inside a sentence or around a table or pl
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
 ``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack`,
-`median`, `correlation` or `plot`.
+`target_share`, `median`, `correlation` or `plot`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
 page and its records differ. An image is drawn again where it shows other values, or where its file
 was deleted. Fenced blocks are left alone.
@@ -37,6 +37,7 @@ from eval.report.outcomes import count_checks
 from eval.report.plots import COLORS, STYLE, set_log
 from eval.report.words import UNMEASURED, bound
 from lab.core import record
+from lab.core.types import BASELINE, IMMUNIZED
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "outputs/records"
@@ -62,7 +63,7 @@ def read(records: str, method: str) -> record.Stored:
 
 def round_number(value: float, show: str) -> str:
     """Return whole percent or two digits."""
-    if "percent" in show:
+    if "percent" in show or "points" in show:
         return f"{100 * value:.0f}"
     value = float(f"{value:.2g}")
     return f"{value:,.0f}" if 10 <= abs(value) < 1e6 else f"{value:#.2g}"
@@ -75,7 +76,7 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
         records: Folder below ``outputs/records``.
         method: Name of the record there.
         metric: Its name in the record, or ``checks``: how many checks of the verdict pass.
-        show: Words out of ``value``, ``percent``, ``ratio`` and ``interval``.
+        show: Words out of ``value``, ``percent``, ``points``, ``ratio`` and ``interval``.
     """
     stored = read(records, method)
     if metric == "checks":
@@ -122,7 +123,7 @@ def grid(records: str, shown: str, rows: dict[str, str], columns: dict[str, str]
         stored = read(records, name)
         if stored["status"] != "diverged":
             return score(records, name, *shown.split(" ", 1))
-        return f"diverges at step {stored['error']['last_good_step'] + 1}"
+        return f"step {stored['error']['last_good_step'] + 1}"
 
     body = [
         [label, *(cell(f"{column}_{row}") for column in columns.values())]
@@ -145,6 +146,38 @@ def by_attack(records: str, method: str, rows: dict[str, str], columns: dict[str
         for label, attack in rows.items()
     ]
     return markdown([["Attack", *columns], *body])
+
+
+def target_share(records: str, images: int, rows: dict[str, str], columns: dict[str, str]) -> str:
+    """Return a Markdown table of the share of images that show the targets after ``images`` images
+    of every attack by itself, in percent: the mean over seeds and targets. A model that is not
+    usable then shows none.
+
+    Args:
+        records: Folder below ``outputs/records``.
+        images: A point of the budget, as the column ``at_`` of the records' table ``attacks``.
+        rows: Text → attack, with its options as the records name them.
+        columns: Heading → name of the record; the baseline's column precedes them.
+    """
+
+    def cell(method: str, model: str, attack: str) -> str:
+        shares = [
+            0 if str(images) in row["unusable_at"].split(", ") else row[f"at_{images:03d}"] or 0
+            for row in read(records, method)["tables"]["attacks"]
+            if (row["model"], row["attack"], row["role"]) == (model, attack, "harmful")
+        ]
+        return f"{100 * np.mean(shares):.0f} %" if shares else UNMEASURED
+
+    first, *_ = columns.values()
+    body = [
+        [
+            label,
+            cell(first, BASELINE, attack),
+            *(cell(method, IMMUNIZED, attack) for method in columns.values()),
+        ]
+        for label, attack in rows.items()
+    ]
+    return markdown([["Attack", "Baseline", *columns], *body])
 
 
 def median(records: str, method: str, curve: str) -> str:
@@ -264,7 +297,9 @@ def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
 def render(page: Path, text: str) -> str:
     """Return the text of ``page`` with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
-    names = {f.__name__: f for f in (score, table, grid, by_attack, median, correlation)}
+    names = {
+        f.__name__: f for f in (score, table, grid, by_attack, target_share, median, correlation)
+    }
     names["plot"] = functools.partial(plot, page)
 
     def replace(match: re.Match[str]) -> str:

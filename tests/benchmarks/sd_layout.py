@@ -5,7 +5,7 @@ on a CPU.
 
 Every phase runs in a fresh process and prints its time and peak memory: ``write`` a folder as a
 user has it, ``load`` it through ``backbone=sd``, one ``lora`` step (peft, rank 4, batch 1), one
-``sample`` step with guidance. Needs 4.3 GB of disk for DIR (a temporary folder by default). The
+``sample`` step with guidance, two steps of ``undo`` (batch 2). Needs 4.3 GB of disk for DIR (a temporary folder by default). The
 tokenizer is MiniSD's kind with CLIP's context, since CLIP's own vocabulary cannot be made from a
 config.
 """
@@ -154,6 +154,22 @@ def sample(folder: Path) -> None:
     )
 
 
+def undo(folder: Path) -> None:
+    from types import SimpleNamespace
+
+    from immunize.undo import Undo, _Captions, _Distillation
+    from lab.core.data import Sampling
+
+    model = load(folder)
+    options = Undo(kept=1, targeted=1, batch_size=2, steps=2, sampling_steps=1)
+    captions = _Captions(asked=(PROMPT, PROMPT), meant=("a photo of a fox", PROMPT), kept=1)
+    case: Any = SimpleNamespace(sampling=Sampling(steps=1, guidance=7.5))
+    training = _Distillation(options, model, captions, case, 0)
+    for step in range(options.steps):  # the first one also draws the teacher's two images
+        start = time.perf_counter()
+        print(f"  {training.step(step)} in {time.perf_counter() - start:.1f} s")
+
+
 def memory() -> str:
     """Peak resident memory of this process and what of the present one is mapped from files
     (Linux).
@@ -167,7 +183,7 @@ def memory() -> str:
     return f"peak memory {peak:.2f} GiB (at the end {mapped:.2f} GiB of it mapped from files)"
 
 
-PHASES = {"write": write, "load": load, "lora": lora, "sample": sample}
+PHASES = {"write": write, "load": load, "lora": lora, "sample": sample, "undo": undo}
 
 
 def main() -> None:

@@ -92,6 +92,7 @@ LEFT_OUT = {("attacks", "none"), ("eval", "false_positives")} | {
         "joint_stored_uce",
         "mima_deep_stored",
         "undo_mima_deep",
+        "retrained_joint",
         "retrained_mima_deep",
     )
 }
