@@ -640,7 +640,7 @@ class AttackTrainee:
         sampling, samples = self.attack.sampling, self.trajectory.samples
         given = self.learner.train.mean[:, 0]
         rows = torch.arange(sampling.count) % len(given)
-        self.learner.moving.condition(given[rows], sampling.guidance != 1)
+        self.learner.moving.condition(given[rows], sampling.guided)
         for family, prompts in self.learner.prompts(self.attack).items():
             # latents depend on (seed, concept, family) only
             latents = self.model.latents(sampling.count, self.seed, self.learner.task.name, family)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
@@ -117,6 +118,8 @@ class Sampling:
     """How images are generated, equally for every model: ``steps`` of the ``sampler``,
     ``guidance`` scale, ``count`` per point.
 
+    ``last_guidance``: scale at the last step, to which ``guidance`` changes linearly; None is
+        constant.
     ``sampler``: ``ddim`` (η = 0, arXiv 2010.02502) or ``dpm`` (DPM-Solver++ of order 2, multistep,
         arXiv 2211.01095).
     ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is
@@ -126,9 +129,20 @@ class Sampling:
     sampler: Literal["ddim", "dpm"] = "ddim"
     steps: Count = 20
     guidance: NonNegative = 4.0
+    last_guidance: NonNegative | None = None
     count: Count = 32
     negative: OptionalPrompt = ""
     precision: Literal["weights", "bfloat16"] = "weights"
+
+    def scales(self, steps: int) -> list[float]:
+        """Return the guidance scale of every step."""
+        last = self.guidance if self.last_guidance is None else self.last_guidance
+        return np.linspace(self.guidance, last, steps).tolist()
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step predicts without the prompt, too; a scale of 1 means none."""
+        return any(scale != 1 for scale in self.scales(2))
 
 
 @dataclass(frozen=True)

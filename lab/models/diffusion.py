@@ -284,7 +284,7 @@ class DiffusionModel(nn.Module):
 
         Args:
             prompts: n texts. latents: start latents [n, c, s, s].
-            sampling: sampler, steps, guidance (1 means none), negative prompt and precision.
+            sampling: sampler, steps, guidance, negative prompt and precision.
         """
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -297,20 +297,21 @@ class DiffusionModel(nn.Module):
             else DPMSolverMultistepScheduler.from_config(config)
         )
         scheduler.set_timesteps(sampling.steps)
-        text, guided, x = self.text(prompts), sampling.guidance != 1, latents
+        text, guided, x = self.text(prompts), sampling.guided, latents
         if guided:
             text = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text])
         low = sampling.precision == "bfloat16"
         if low:
             warn_of_emulation(x.device.type, "scenario.sampling.precision", "weights")
-        for t in scheduler.timesteps:
+        scales = sampling.scales(len(scheduler.timesteps))
+        for t, scale in zip(scheduler.timesteps, scales, strict=True):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
                 noisy, steps = torch.cat([x, x]) if guided else x, t.repeat(len(text))
                 noise = self.predict(noisy, steps.to(x.device), text)
             noise = noise.to(x.dtype)
             if guided:
                 unconditional, conditional = noise.chunk(2)
-                noise = unconditional + sampling.guidance * (conditional - unconditional)
+                noise = unconditional + scale * (conditional - unconditional)
             x = scheduler.step(noise, t, x).prev_sample
         return x
 

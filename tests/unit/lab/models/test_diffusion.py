@@ -47,6 +47,22 @@ def test_sampling_equals_the_pipeline(model, guidance, negative, steps):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("first", "last"), [(1.0, 12.0), (5.0, 1.5)])
+def test_a_changing_guidance_scale_equals_the_pipeline_with_a_callback(model, first, last):
+    z, scales = model.latents(2, 0), iter([(first + last) / 2, last, 0.0])
+
+    def change(pipe, step, t, tensors):
+        pipe._guidance_scale = next(scales)
+        return tensors
+
+    pipe = ddim_pipeline(model)
+    # the pipeline predicts without the prompt as long as the first scale exceeds 1
+    options = {"guidance_scale": first + 1e-6, "num_inference_steps": 3, "latents": z.clone()}
+    want = pipe(PROMPTS, output_type="latent", callback_on_step_end=change, **options).images
+    sampling = Sampling(steps=3, guidance=first, last_guidance=last)
+    torch.testing.assert_close(model.sample(PROMPTS, z, sampling), want, atol=1e-4, rtol=1e-4)
+
+
 def test_sampling_in_bfloat16_is_torchs_autocast_and_stays_close(model):
     z = model.latents(2, 1)
     want, low = (
