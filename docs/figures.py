@@ -1,40 +1,29 @@
 """Write the figures of README.md and docs/ from the committed records.
 
-A page marks a figure by two comments, inside a sentence or around a table or plot::
+A page marks a figure by two comments, inside a sentence or around a table::
 
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
 ``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack`,
-`target_share`, `median`, `correlation` or `plot`.
+`target_share`, `median` or `correlation`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
-page and its records differ. An image is drawn again where it shows other values, or where its file
-was deleted. Fenced blocks are left alone.
+page and its records differ. Fenced blocks are left alone.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import json
-import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
-from matplotlib import rc_context
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import spearmanr
 
 from eval.report.outcomes import count_checks
-from eval.report.plots import COLORS, STYLE, set_log
 from eval.report.words import UNMEASURED, bound
 from lab.core import record
 from lab.core.types import BASELINE, IMMUNIZED
@@ -216,91 +205,12 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(["\n", head, "|---" * len(lines[0]) + "|", *body, "\n"])
 
 
-def plot(page: Path, records: str, alt: str, rows: dict[str, str]) -> str:
-    """Draw `slowdowns` to ``docs/figures/RECORDS.png`` and return a link to it.
-
-    Args:
-        page: Page with the link; an expression leaves it out.
-        alt: What the plot shows, for readers who do not see it.
-    """
-    path = ROOT / f"docs/figures/{records}.png"
-    if not is_current(path, slowdowns(records, rows), draw_slowdowns):
-        return f"a new plot {path.name}"
-    return f"\n\n![{alt}]({os.path.relpath(path, page.parent)})\n\n"
-
-
-def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
-    """Return the slowdown of the slowest other concept, the relearning slowdown of the
-    least-protected target, and the share of unrelated detections that is lost, per label of
-    ``rows``, and what the verdict of the last record requires of them.
-    """
-    points: dict[str, Any] = {}
-    limits: dict[str, float] = {}
-    for label, method in rows.items():
-        stored = read(records, method)
-        metrics = stored["metrics"]
-        counted = "usable_" if "asr_usable" in metrics else ""
-        names = [f"benign_steps_{counted}ratio_worst", f"steps_to_relearn_{counted}ratio_worst"]
-        names += ["utility_detection_drop"] if "utility_detection_drop" in metrics else []
-        sides = [metrics[name] for name in names]
-        points[label] = [{part: side[part] for part in ("value", "low", "high")} for side in sides]
-        limits = stored["config"]["eval"]["concept_verdict"]
-    required = [limits["max_benign_steps_ratio"], limits["min_worst_steps_ratio"]]
-    required.append(limits["max_detection_drop"])
-    return {"limits": required, "points": points}
-
-
-@rc_context(STYLE)
-def draw_slowdowns(values: dict[str, Any]) -> Figure:
-    """Draw a point with its 95 % intervals per method, from what `slowdowns` returned; its colour
-    is the share of unrelated detections that is lost. The first one is highlighted, and the region
-    that passes is shaded.
-    """
-    limits = values["limits"]
-    fig = Figure(figsize=(8.5, 4.4), layout="constrained")
-    axes = fig.add_subplot()
-    colors = ScalarMappable(Normalize(0, 100 * limits[2]), "YlOrRd")
-    for i, (label, (x, y, *drop)) in enumerate(values["points"].items()):
-        errors = [[[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in (y, x)]
-        color = colors.to_rgba(100 * drop[0]["value"]) if drop else "lightgray"
-        style: Any = {"fmt": "os^DvPX*hp<>"[i % 12], "label": label, "zorder": 3 + i}
-        style |= {"color": color, "markeredgecolor": "black", "ecolor": "gray"}
-        style |= (
-            {"markersize": 8, "elinewidth": 0.5} if i else {"markersize": 12, "elinewidth": 1.5}
-        )
-        axes.errorbar(x["value"], y["value"], *errors, **style)
-    for side in "xy":
-        set_log(axes, side)
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.fill_between([left, limits[0]], limits[1], top, color=COLORS["good"], alpha=0.13, lw=0)
-    axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
-    axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set_xlabel("slowdown of the slowest benign concept, × (lower is better)")
-    axes.set_ylabel("slowdown of the least-protected target, × (higher is better)")
-    bar = fig.colorbar(colors, ax=axes, extend="max", pad=0.01)
-    bar.set_label("unrelated detections lost, % (limit at the top)")
-    fig.legend(loc="outside right upper")
-    return fig
-
-
-def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
-    """Return whether an image shows ``values``. If not, draw it, except with ``--check``."""
-    description = json.dumps(values)
-    if path.is_file() and Image.open(path).info.get("Description") == description:
-        return True
-    if "--check" not in sys.argv:
-        metadata = {"Description": description, "Software": None}
-        draw(values).savefig(path, dpi=110, metadata=metadata)
-    return "--check" not in sys.argv
-
-
-def render(page: Path, text: str) -> str:
-    """Return the text of ``page`` with current figures."""
+def render(text: str) -> str:
+    """Return the text of a page with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
     names = {
         f.__name__: f for f in (score, table, grid, by_attack, target_share, median, correlation)
     }
-    names["plot"] = functools.partial(plot, page)
 
     def replace(match: re.Match[str]) -> str:
         if match["expression"] is None:
@@ -317,7 +227,7 @@ def main() -> int:
     code = 0
     for page in PAGES:
         old = page.read_text(encoding="utf-8")
-        new = render(page, old)
+        new = render(old)
         if new != old:
             code = int(check)
             lines = old.splitlines(keepends=True), new.splitlines(keepends=True)

@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from figures import RECORDS, ROOT, draw_slowdowns, is_current, read, slowdowns
+from figures import RECORDS, ROOT, read
+from matplotlib import rc_context
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
+from eval.report.plots import COLORS as SIDES
+from eval.report.plots import STYLE, set_log
 from lab.core.images import GAP, PAD
 from lab.core.types import BASELINE, IMMUNIZED
 
@@ -91,6 +97,71 @@ def draw_first_run(values: dict[str, Any]) -> Figure:
     right.set_xticks(lines[BASELINE][0])
     right.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
+    """Return the slowdown of the slowest other concept, the relearning slowdown of the
+    least-protected target, and the share of unrelated detections that is lost, per label of
+    ``rows``, and what the verdict of the last record requires of them.
+    """
+    points: dict[str, Any] = {}
+    limits: dict[str, float] = {}
+    for label, method in rows.items():
+        stored = read(records, method)
+        metrics = stored["metrics"]
+        counted = "usable_" if "asr_usable" in metrics else ""
+        names = [f"benign_steps_{counted}ratio_worst", f"steps_to_relearn_{counted}ratio_worst"]
+        names += ["utility_detection_drop"] if "utility_detection_drop" in metrics else []
+        sides = [metrics[name] for name in names]
+        points[label] = [{part: side[part] for part in ("value", "low", "high")} for side in sides]
+        limits = stored["config"]["eval"]["concept_verdict"]
+    required = [limits["max_benign_steps_ratio"], limits["min_worst_steps_ratio"]]
+    required.append(limits["max_detection_drop"])
+    return {"limits": required, "points": points}
+
+
+@rc_context(STYLE)
+def draw_slowdowns(values: dict[str, Any]) -> Figure:
+    """Draw a point with its 95 % intervals per method, from what `slowdowns` returned; its colour
+    is the share of unrelated detections that is lost. The first one is highlighted, and the region
+    that passes is shaded.
+    """
+    limits = values["limits"]
+    fig = Figure(figsize=(8.5, 4.4), layout="constrained")
+    axes = fig.add_subplot()
+    colors = ScalarMappable(Normalize(0, 100 * limits[2]), "YlOrRd")
+    for i, (label, (x, y, *drop)) in enumerate(values["points"].items()):
+        errors = [[[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in (y, x)]
+        color = colors.to_rgba(100 * drop[0]["value"]) if drop else "lightgray"
+        style: Any = {"fmt": "os^DvPX*hp<>"[i % 12], "label": label, "zorder": 3 + i}
+        style |= {"color": color, "markeredgecolor": "black", "ecolor": "gray"}
+        style |= (
+            {"markersize": 8, "elinewidth": 0.5} if i else {"markersize": 12, "elinewidth": 1.5}
+        )
+        axes.errorbar(x["value"], y["value"], *errors, **style)
+    for side in "xy":
+        set_log(axes, side)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.fill_between([left, limits[0]], limits[1], top, color=SIDES["good"], alpha=0.13, lw=0)
+    axes.text(left, top, "\n  meets both limits", color=SIDES["good"], va="top")
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.set_xlabel("slowdown of the slowest benign concept, × (lower is better)")
+    axes.set_ylabel("slowdown of the least-protected target, × (higher is better)")
+    bar = fig.colorbar(colors, ax=axes, extend="max", pad=0.01)
+    bar.set_label("unrelated detections lost, points (limit at the top)")
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
+    """Return whether an image shows ``values``. If not, draw it, except with ``--check``."""
+    description = json.dumps(values)
+    if path.is_file() and Image.open(path).info.get("Description") == description:
+        return True
+    if "--check" not in sys.argv:
+        metadata = {"Description": description, "Software": None}
+        draw(values).savefig(path, dpi=110, metadata=metadata)
+    return "--check" not in sys.argv
 
 
 def main(arguments: list[str]) -> int:
