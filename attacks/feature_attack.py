@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from attacks.search import RateSearch, Scores, run_trials
+from attacks.search import RateSearch, Trials, run_trials
 from lab.core.config import Count, Positive, Text, config
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged, UserError
@@ -225,7 +225,7 @@ def run(
     def rate_of(exponent: float) -> float:
         return learner.centre * 10**exponent
 
-    def trial(scores: Scores) -> float | None:
+    def trial(scores: Trials) -> float | None:
         rate = rate_of(RateSearch(scores).propose())
         return score_rate(learner, options, budget, rate, label)
 

@@ -24,14 +24,14 @@ from lab.core.seeding import generator
 from lab.core.types import Checkpoint
 
 Setting = dict[str, Any]
-Scores = list[float | None]  # of the trials so far, lower is better; None: diverged
+Trials = list[float | None]  # of the trials so far, lower is better; None: diverged
 
 
 def run_trials(
     count: int,
-    trial: Callable[[Scores], float | None],
+    trial: Callable[[Trials], float | None],
     checkpoint: Checkpoint | None,
-) -> tuple[Scores, Checkpoint | None]:
+) -> tuple[Trials, Checkpoint | None]:
     """Run trials one after the other; those whose scores are in the checkpoint are not repeated.
 
     Args:
@@ -41,7 +41,7 @@ def run_trials(
         all scores, and the checkpoint of the attack that comes next, which keeps them.
     """
     _, saved = (checkpoint.load() if checkpoint else None) or ({}, {})
-    scores: Scores = list(saved.get("search", []))
+    scores: Trials = list(saved.get("search", []))
     while len(scores) < count:
         scores.append(trial(scores))
         if checkpoint is not None:
@@ -52,7 +52,7 @@ def run_trials(
 class _WithScores:
     """A checkpoint that keeps the scores of the search with the state of the attack after it."""
 
-    def __init__(self, inner: Checkpoint, scores: Scores) -> None:
+    def __init__(self, inner: Checkpoint, scores: Trials) -> None:
         self.inner, self.scores = inner, scores
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -78,7 +78,7 @@ class RateSearch:
         width: distance to the neighbours that are tried.
     """
 
-    def __init__(self, scores: Scores) -> None:
+    def __init__(self, scores: Trials) -> None:
         self.losses: dict[float, float] = {}
         self.width = 1.0
         for score in scores:

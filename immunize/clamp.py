@@ -37,7 +37,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from immunize.gradients import Params, accumulate, gradient_at, math_attention
-from immunize.kappa.trainer import TINY, GradientImmunizer, KappaTrainer
+from immunize.kappa.trainer import TINY, GradientImmunizer, KappaTrainer, TaskTrainer, check_finite
 from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge
 from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
@@ -238,25 +238,21 @@ class KappaClamp(GradientImmunizer, ClampOptions):
         return ClampTrainer(self, model, case, seed)
 
 
-class ClampTrainer(KappaTrainer):
+class ClampTrainer(TaskTrainer):
     """The updates of `KappaClamp`."""
 
-    def __init__(self, options: KappaClamp, model: FeatureModel, case: Case, seed: int) -> None:
-        super().__init__(options, model, case, seed)
-        self.o, self.values = options, {}
-        self.heads = self.fit_heads(case.tasks)
+    options: KappaClamp
 
     def descend(self, step: int) -> Row:
         rows = self.batch(0, step)
-        row = {"benign_loss": self.supervise(self.engine.view(0, rows), rows, self.o.w_prior)}
+        row = {"benign_loss": self.supervise(self.engine.view(0, rows), rows, self.options.w_prior)}
         harmful = len(self.heads) - 1
         for task in range(1, harmful + 1):
             gradient, values = self._of_task(task, self.batch(task, step))
             self.engine.add(task, gradient / harmful)
             for key, value in values.items():
                 row[key] = row.get(key, 0.0) + value / harmful
-        if not all(map(math.isfinite, row.values())):
-            raise FloatingPointError("a loss is not finite")
+        check_finite(row.values(), "a loss is not finite")
         return row
 
     def _of_task(self, task: int, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -274,7 +270,7 @@ class ClampTrainer(KappaTrainer):
         """Return the module's objective for one task, without the primary loss, what to log, and
         ω_K.
         """
-        o, head = self.o, self.heads[task]
+        o, head = self.options, self.heads[task]
         lr = o.inner_step / max(head.lipschitz(y.detach()), TINY)
         gain, first, row, end = predicted_gain(
             lambda omega: head.value(y, rows, omega["w"]),

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from attacks import optimizers
 from attacks.diffusion.material import Material, variants
-from attacks.search import Scores, Search, run_trials
+from attacks.search import Search, Trials, run_trials
 from lab.core.config import (
     Count,
     Flag,
@@ -47,7 +47,7 @@ from lab.core.training import (
     state_tensors,
     train,
 )
-from lab.core.types import Attacker, Budget, Checkpoint, Trajectory
+from lab.core.types import Attacker, Budget, Checkpoint, Trajectory, changed_tensors
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion import Text as EncodedText
 from lab.models.symmetries import canonicalize
@@ -168,7 +168,7 @@ class Stage(NamedTuple):
 
 @config
 class ConceptBase(Attacker):
-    """An attacker on a text-to-image model. Implements `lab.core.types.Attacker`.
+    """An attacker on a text-to-image model.
 
     Args:
         name: key under ``attacks``.
@@ -297,7 +297,7 @@ class ConceptBase(Attacker):
         split, trial_budget = self.held_out(task, search, seed), Budget(search.steps, 1, at=())
         settings = search.settings(seed, task.name)
 
-        def trial(scores: Scores) -> float | None:
+        def trial(scores: Trials) -> float | None:
             tried = replace(
                 self.varied(settings[len(scores)]),
                 families=("name",) if search.score else (),
@@ -739,11 +739,11 @@ def run(
 
 def _changed(model: DiffusionModel, copy: DiffusionModel) -> dict[str, Tensor]:
     """Return the parameters whose values differ in ``copy``, under their own names."""
+    parts = trained_parts(model)
     changed = {}
     for part, net in trained_parts(copy).items():
-        old = trained_parts(model)[part].state_dict()
-        for name, value in net.state_dict().items():
-            # learned words have enlarged one table
-            if value.shape == old[name].shape and not torch.equal(value, old[name]):
+        old = parts[part].state_dict()
+        for name, value in changed_tensors(parts[part], net).items():
+            if value.shape == old[name].shape:  # learned words have enlarged one table
                 changed[f"{part}.{name}"] = value
     return changed

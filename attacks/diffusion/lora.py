@@ -76,7 +76,12 @@ class ConceptLora(ConceptAttack):
         tuners, parameters = [], dict[str, nn.Parameter]()
         for part, net in trained_parts(model).items():
             if part == "unet" or self.text_encoder:
-                layers = find_layers(net, LAYERS[self.targets] if part == "unet" else _TEXT)
+                pattern = LAYERS[self.targets] if part == "unet" else _TEXT
+                layers = [
+                    name
+                    for name, module in net.named_modules()
+                    if re.fullmatch(pattern, name) and isinstance(module, nn.Linear | nn.Conv2d)
+                ]
                 g = generator(seed, "lora", part)
                 tuners.append(inject(net, layers, self.rank, alpha, g))
                 parameters |= {f"{part}.{name}": p for name, p in adapters(net).items()}
@@ -100,12 +105,3 @@ class ConceptLora(ConceptAttack):
             "text_encoder": self.text_encoder,
         }
         return Moving(parameters, scaled, close, text=self.text_encoder, info=info)
-
-
-def find_layers(net: nn.Module, pattern: str) -> list[str]:
-    """Return the names of the layers that get an adapter."""
-    return [
-        name
-        for name, module in net.named_modules()
-        if re.fullmatch(pattern, name) and isinstance(module, nn.Linear | nn.Conv2d)
-    ]

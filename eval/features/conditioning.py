@@ -18,7 +18,7 @@ from torch import Tensor
 from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
-    Line,
+    Curve,
     baseline_suffix,
     better_of,
     grouped,
@@ -44,8 +44,9 @@ from lab.core.condition import (
 from lab.core.config import Count, NonNegative, Text, config
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.types import BASELINE, FeatureModel, RunMetric, RunView, Score, Scores
-from lab.models.activations import digest, features
+from lab.models.activations import features
 
 Row = dict[str, Any]  # of the table of pairs
 PAIR = ("harmful", "harmful_baseline", "benign", "benign_baseline")  # κ after and before
@@ -312,7 +313,7 @@ def history_curves(run: RunView, pairs: Sequence[Row]) -> dict[str, dict[str, An
     Without a logged ``rir_bound_ratio`` the bound of the pair is used. A pair without RIR, as its
     rank moved, has no RIR curve either.
     """
-    lines: dict[str, list[Line]] = {}
+    lines: dict[str, list[Curve]] = {}
     for seed, case in walk(run):
         log, pair = run.history(case, seed), worst_pair(pairs, seed, case)
         steps = log.get("step", [])

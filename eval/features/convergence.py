@@ -33,7 +33,7 @@ from eval.features.trajectories import (
 from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
-    Line,
+    Curve,
     model_curve,
     read_once,
     walk,
@@ -196,7 +196,7 @@ def trajectory_curves(run: RunView, attack: str, role: Role) -> dict[str, dict[s
     out = {}
     for quantity, (label, log) in CURVES.items():
         if all(quantity in t.values for ts in by_model.values() for t in ts):
-            lines: dict[str, list[Line]] = {
+            lines: dict[str, list[Curve]] = {
                 model: [(t.steps, t.values[quantity]) for t in ts] for model, ts in by_model.items()
             }
             out[f"{quantity}_{role}_{slug(attack)}"] = model_curve(

@@ -50,7 +50,10 @@ class Geometry(RunMetric):
                 model, end = run.model(name, case, seed), baseline_suffix(name)
                 benign = features(model, case.benign.train.x)
                 harmful = [features(model, task.train.x) for task in case.harmful]
-                angles = [self._angles(benign, x) for x in harmful]
+                angles = [
+                    principal_angles(benign, x, self.dim, self.energy) * (180 / math.pi)
+                    for x in harmful
+                ]
                 row: dict[str, float | None] = {
                     "principal_angle_mean": fmean(float(a.mean()) for a in angles),
                     "principal_angle_largest": max(float(a.max()) for a in angles),
@@ -81,9 +84,6 @@ class Geometry(RunMetric):
                 bounds=(0.0, 90.0 if "angle" in name else math.inf),
             )
         return out
-
-    def _angles(self, benign: Tensor, harmful: Tensor) -> Tensor:
-        return principal_angles(benign, harmful, self.dim, self.energy) * (180 / math.pi)
 
 
 def _numbered(labels: dict[str, Any], values: Tensor, column: str) -> list[dict[str, Any]]:

@@ -44,15 +44,13 @@ from eval.stats.intervals import (
     score_worst,
 )
 from eval.stats.verdict_rule import Check, Result
-from lab.core.cache import stage_key
 from lab.core.config import AsList, PositiveShare, Text, config
 from lab.core.data import Concept, ConceptCase
 from lab.core.errors import UserError
-from lab.core.hashing import fingerprint
+from lab.core.hashing import digest, fingerprint, stage_key
 from lab.core.slugs import slug
 from lab.core.sources import source_hash
 from lab.core.types import Budget, RunView, Score, Scores, Trajectory
-from lab.models.activations import digest
 from lab.scorers.load import Scorers
 
 SHOWN, LEARNED, HELD, DIVERGED = "shown before", "learned", "not learned", "diverged"

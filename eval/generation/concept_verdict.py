@@ -19,8 +19,7 @@ from eval.generation.evaluated_run import (
     USABLE,
     EvaluatedRun,
     ImageMetric,
-    adherence_differs,
-    evaluate,
+    evaluate_detections,
 )
 from eval.generation.relearning import (
     Ratio,
@@ -29,7 +28,7 @@ from eval.generation.relearning import (
     reduction_score,
     worst_ratio,
 )
-from eval.generation.scoring import check_scorers, detector_of
+from eval.generation.scoring import check_scorers
 from eval.generation.similarity import sgr_each, sgr_score, sgr_worst
 from eval.generation.utility import CaseUtility, ImageCount, Utility, utility_scores
 from eval.stats.aggregate import PROTECTED
@@ -102,14 +101,8 @@ class ConceptVerdict(ImageMetric):
         check_scorers(self.scorers, cases, (), f"eval.{self.name}")
 
     def __call__(self, run: RunView) -> Scores:
-        detector = detector_of(self.scorers, f"eval.{self.name}")
-        more = (PROMPT_ADHERENT,) if adherence_differs(run, detector) else ()
-        evaluated = evaluate(
-            run,
-            self.scorers,
-            (CLIP, DETECTED, *more),
-            usable_share=self.usable_share,
-            label="verdict",
+        evaluated = evaluate_detections(
+            self, run, CLIP, DETECTED, usable_share=self.usable_share, label="verdict"
         )
         utility = self.utility.compare(run)[""]
 

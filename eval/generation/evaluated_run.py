@@ -16,7 +16,6 @@ from torch import Tensor
 
 from eval.generation.scoring import (
     COSINES,
-    ConceptDetector,
     Namer,
     References,
     detector_of,
@@ -30,14 +29,12 @@ from eval.generation.scoring import (
 )
 from eval.stats.aggregate import left_out, mean_over_steps, walk
 from eval.stats.intervals import Floats, Unit, columns, joined, score_worst
-from lab.core.cache import stage_key
 from lab.core.config import config
 from lab.core.data import Concept, ConceptCase, Kind, Role
 from lab.core.errors import UserError
-from lab.core.hashing import fingerprint
+from lab.core.hashing import digest, fingerprint, stage_key
 from lab.core.sources import source_hash
 from lab.core.types import BASELINE, Budget, RunMetric, RunView, Score, Trajectory
-from lab.models.activations import digest
 from lab.scorers.load import Scorers
 
 FAMILY = "name"  # the prompts that headline figures are about
@@ -301,14 +298,6 @@ def usable_points(adherent: Floats, least: float) -> NDArray[np.bool_]:
     return np.asarray(shares >= least * shares[0])
 
 
-def adherence_differs(run: RunView, detector: ConceptDetector) -> bool:
-    """Return True if prompt-adherent images can be other images than detections: styles are among
-    the concepts, and the detector names objects.
-    """
-    styles = any(task.kind == "style" for _, case in walk(run) for task in case.tasks)
-    return isinstance(detector, Namer) and styles
-
-
 def evaluate(
     run: RunView,
     scorers: Scorers,
@@ -348,6 +337,21 @@ def evaluate(
                     for model, result in scorer.score(both, family, tuple(quantities)).items():
                         out.results[cell, model, attack, family] = result
     return out
+
+
+def evaluate_detections(
+    metric: ImageMetric, run: RunView, *more: str, usable_share: float, label: str
+) -> EvaluatedRun:
+    """Return `evaluate` of the quantities ``more``, and of prompt-adherent images where they can be
+    others than detections: styles are among the concepts, and the detector names objects.
+
+    Raises:
+        UserError: there is no detector.
+    """
+    named = isinstance(detector_of(metric.scorers, f"eval.{metric.name}"), Namer)
+    if named and any(task.kind == "style" for _, case in walk(run) for task in case.tasks):
+        more = (*more, PROMPT_ADHERENT)
+    return evaluate(run, metric.scorers, more, usable_share=usable_share, label=label)
 
 
 def _families(

@@ -22,8 +22,7 @@ from eval.generation.evaluated_run import (
     EvaluatedAttack,
     EvaluatedRun,
     ImageMetric,
-    adherence_differs,
-    evaluate,
+    evaluate_detections,
     marks,
     worst_concept,
 )
@@ -112,16 +111,10 @@ class Relearning(ImageMetric):
         check_scorers(self.scorers, cases, (), f"eval.{self.name}")
 
     def __call__(self, run: RunView) -> Scores:
-        detector = detector_of(self.scorers, f"eval.{self.name}")
-        more = (PROMPT_ADHERENT,) if adherence_differs(run, detector) else ()
-        evaluated = evaluate(
-            run,
-            self.scorers,
-            (DETECTED, *more),
-            usable_share=self.usable_share,
-            label="detections",
+        evaluated = evaluate_detections(
+            self, run, DETECTED, usable_share=self.usable_share, label="detections"
         )
-        rates = detector.rates
+        rates = detector_of(self.scorers, f"eval.{self.name}").rates
         return Scores(
             success_scores(evaluated, rates) | steps_scores(evaluated, self.threshold),
             success_curves(evaluated) | trials_curves(evaluated),

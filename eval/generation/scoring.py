@@ -17,7 +17,7 @@ from torch import Tensor
 from eval.stats.intervals import Floats
 from lab.core.data import Concept, ConceptCase
 from lab.core.errors import UserError
-from lab.core.images import resize_bytes as resize
+from lab.core.images import resize_bytes
 from lab.scorers.load import Scorers
 
 Similarity = Literal["clip", "features", "feature_lpips", "lpips"]
@@ -185,7 +185,7 @@ class References:
         """
         if kind in COSINES:
             return self.cosine(kind, unit_vectors(self.scorers, kind, images))
-        return _by_distance(self.scorers, kind, images, resize(self.images, images.shape[-1]))
+        return _by_distance(self.scorers, kind, images, resize_bytes(self.images, images.shape[-1]))
 
 
 # ---- prompts

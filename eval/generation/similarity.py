@@ -27,11 +27,11 @@ from eval.generation.evaluated_run import (
     read,
     worst_concept,
 )
-from eval.generation.scoring import COSINES, Similarity, check_scorers, resize
+from eval.generation.scoring import COSINES, Similarity, check_scorers
 from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
-    Line,
+    Curve,
     baseline_suffix,
     better_of,
     model_curve,
@@ -49,6 +49,7 @@ from eval.stats.intervals import (
 )
 from lab.core.config import Index, Text, config
 from lab.core.data import ConceptCase, Role
+from lab.core.images import resize_bytes
 from lab.core.slugs import slug
 from lab.core.types import BASELINE, ImageGrid, RunView, Score, Scores
 
@@ -378,7 +379,7 @@ def training_curves(run: RunView) -> dict[str, dict[str, Any]]:
     """Return ``immunize_NAME``: what a concept immunizer logged, at most 60 steps of it, mean over
     cases and seeds.
     """
-    lines: dict[str, list[Line]] = {}
+    lines: dict[str, list[Curve]] = {}
     for seed, case in walk(run):
         history = run.history(case, seed)
         for name in TRAINING_CURVES:
@@ -458,7 +459,7 @@ def _image_grid(
     attacks = each if len(set(best.values())) > 1 else next(iter(best.values()))
     caption = f"{concept.name}: reference images, and images of models attacked with {attacks}"
     return ImageGrid(
-        torch.stack([resize(references, images[0].shape[-1]), *images]),
+        torch.stack([resize_bytes(references, images[0].shape[-1]), *images]),
         ("reference", *labels),
         tuple(str(i + 1) for i in range(width)),
         f"{caption} (seed {cell.seed})",

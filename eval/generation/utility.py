@@ -29,14 +29,12 @@ from eval.generation.scoring import (
 )
 from eval.stats.aggregate import baseline_suffix, better_of, walk
 from eval.stats.intervals import SHARE, UNBOUNDED, Better, Unit, columns, score_units
-from lab.core.cache import stage_key
 from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompts, Text, config
 from lab.core.data import ConceptCase, Sampling
 from lab.core.errors import UserError
-from lab.core.hashing import model_settings
+from lab.core.hashing import digest, model_settings, stage_key
 from lab.core.sources import source_hash
 from lab.core.types import RunView, Score, Scores
-from lab.models.activations import digest
 from lab.models.diffusion import DiffusionModel
 from lab.scorers.features import frechet_distance
 

@@ -83,13 +83,14 @@ def render(records: Sequence[Record], out: Path) -> Path:
 
 def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """Return everything about comparable records; the outcome comes first."""
-    records, names = [row.record for row in rows], [row.label for row in rows]
+    records = [row.record for row in rows]
+    named = [(row.label, row.record) for row in rows]
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     blocks = leader_blocks(rows)
     blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
     blocks += check_blocks(rows) + attack_blocks(rows) + image_blocks(rows, beside, room)
-    blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
-    blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
+    blocks += curve_blocks(named) + spectrum_blocks(named)
+    blocks += pair_blocks(named) + transfer_blocks(named) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
     details: list[Block] = [
         {

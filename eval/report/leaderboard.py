@@ -128,7 +128,7 @@ def columns(names: Iterable[str]) -> list[str]:
 # ---- what records must share
 
 
-Place = tuple[str, str, str]  # scenario, backbone, trial
+Group = tuple[str, str, str]  # scenario, backbone, trial
 
 
 def trial(record: Record) -> str:
@@ -172,16 +172,16 @@ def terms(record: Record) -> dict[str, Any]:
     }
 
 
-def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
+def groups(records: Sequence[Record]) -> dict[Group, list[Record]]:
     """Return comparable records by their place: fewer attackers make a better worst case."""
-    out: dict[Place, list[Record]] = {}
+    out: dict[Group, list[Record]] = {}
     for record in sorted(records, key=lambda r: not r["metrics"]):  # failed runs last
         place = (record["scenario"], record["backbone"], trial(record))
         out.setdefault(place, []).append(record)
     return out
 
 
-def titles(places: dict[Place, list[Record]]) -> dict[Place, str]:
+def titles(places: dict[Group, list[Record]]) -> dict[Group, str]:
     """Return short titles, all different."""
     short = {
         place: ", ".join([name_attacks(record["attacks"]), *_steps(record)])

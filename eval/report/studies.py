@@ -31,6 +31,7 @@ _SPECTRA = (  # table, column, role, title
     ("pencil", "value", None, "Eigenvalues of the pencil (K harmful, K benign)"),
 )
 
+Rows = Sequence[tuple[str, Record]]  # records by their labels
 Plot = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
 
 
@@ -60,13 +61,12 @@ def _model_lines(curves: Sequence[tuple[dict[str, Any], str]]) -> list[Line]:
     return lines
 
 
-def _curves(chosen: Sequence[str], records: Sequence[Record], names: Sequence[str]) -> list[Plot]:
+def _curves(chosen: Sequence[str], rows: Rows) -> list[Plot]:
     """Return plots of record curves by their names."""
-    budget = records[0]["config"].get("budget") or {}
+    budget = rows[0][1]["config"].get("budget") or {}
     plots = []
     for name in chosen:
-        named = zip(records, names, strict=True)
-        curves = [(r["curves"][name], label) for r, label in named if name in r["curves"]]
+        curves = [(r["curves"][name], label) for label, r in rows if name in r["curves"]]
         options: dict[str, Any] = {}
         if "horizon" in budget and name != "asr_by_trials" and not _is_training(name):
             options["mark"] = (budget["horizon"], "1×")
@@ -89,16 +89,16 @@ def _is_training(name: str) -> bool:
     return name in _CONDITION or name.startswith(("immunize_", "utility_"))
 
 
-def curve_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+def curve_blocks(rows: Rows) -> list[Block]:
     """Return curves over attack steps, those that decide open; all others are collapsed."""
-    every = list(dict.fromkeys(name for r in records for name in r["curves"]))
+    every = list(dict.fromkeys(name for _, r in rows for name in r["curves"]))
     attack = [name for name in every if not _is_training(name)]
     kinds = [[n for n in attack if _GENERATED.fullmatch(n)]]
     kinds += [[n for n in attack if n.startswith(quantity)] for quantity in _PROBES]
     main = sorted(next(filter(None, kinds), []), key=lambda n: "_benign_" in n)[:_OPEN]
-    shown = _curves(main, records, names)
-    more = _curves([n for n in attack if n not in main], records, names)
-    training = _curves([n for n in every if n not in attack], records, names)
+    shown = _curves(main, rows)
+    more = _curves([n for n in attack if n not in main], rows)
+    training = _curves([n for n in every if n not in attack], rows)
     blocks: list[Block] = [{"heading": "Attacks"}, {"plots": shown}] if shown else []
     blocks += collapsed(f"{len(more)} more curves of attacks", [{"plots": more}] if more else [])
     title = "Curves of the immunization"
@@ -108,27 +108,27 @@ def curve_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]
 # ---- spectra and pairs of tasks
 
 
-def spectrum_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+def spectrum_blocks(rows: Rows) -> list[Block]:
     """Return singular values, principal angles and the pencil, before (baseline) and after, of the
     first case and seed, which is all that these tables hold.
     """
     plots = []
     for table, column, role, title in _SPECTRA:
         curves = []
-        for record, label in zip(records, names, strict=True):
-            rows = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
-            if rows:
-                models = pd.DataFrame(rows).pivot_table(column, "index", "model")
+        for label, record in rows:
+            found = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
+            if found:
+                models = pd.DataFrame(found).pivot_table(column, "index", "model")
                 curve = {"step": models.index.tolist(), **models.to_dict("list"), "x": "index"}
                 curves.append((curve | {"y": column, "log": "y" * (column == "value")}, label))
         plots += [_plot(f"{title}: first case and seed", curves)] if curves else []
     return collapsed("Spectra and angles", [{"plots": plots}] if plots else [])
 
 
-def pair_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+def pair_blocks(rows: Rows) -> list[Block]:
     """Return mean RIR over seeds per (benign, harmful) pair, of at least three tasks each."""
     blocks: list[Block] = []
-    for record, label in zip(records, names, strict=True):
+    for label, record in rows:
         frame = pd.DataFrame(record["tables"].get("pairs", []), columns=["benign", "task", "rir"])
         means = frame.dropna().pivot_table("rir", "benign", "task", "mean")
         if min(means.shape) < 3:
@@ -226,25 +226,25 @@ def _is_wide(values: Any) -> bool:
 # ---- transfer
 
 
-def transfer_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+def transfer_blocks(rows: Rows) -> list[Block]:
     """Return whether RIR predicts the slowdown, per attack: rank correlations, and the cases behind
     them.
     """
     blocks: list[Block] = []
-    for record, label in zip(records, names, strict=True):
-        rows = sorted(record["tables"].get("transfer", []), key=lambda r: -(r["rho_rir"] or -2))
-        if not rows:
+    for label, record in rows:
+        results = sorted(record["tables"].get("transfer", []), key=lambda r: -(r["rho_rir"] or -2))
+        if not results:
             continue
-        attacks = [str(row["attack"]) for row in rows]
+        attacks = [str(row["attack"]) for row in results]
         kappa = [_score(record, f"transfer_harmful_{slug(attack)}") for attack in attacks]
-        places = range(len(rows))
-        rir = ([row[part] for row in rows] for part in ("rho_rir", "low", "high"))
+        places = range(len(results))
+        rir = ([row[part] for row in results] for part in ("rho_rir", "low", "high"))
         own = ([score[part] for score in kappa] for part in ("value", "low", "high"))
         lines = [
             Line("RIR, harmful ÷ benign slowdown", 1, places, *rir),
             Line("κ, harmful slowdown", 2, [place + 0.15 for place in places], *own),
         ]
-        median = Line("", 1, places, [row.get("median_relative_slowdown") for row in rows])
+        median = Line("", 1, places, [row.get("median_relative_slowdown") for row in results])
         plots = [
             {"title": title}
             | {"svg": lines_plot(drawn, title=title, x="attack", y=y, reference=at, ticks=attacks)}
@@ -256,7 +256,7 @@ def transfer_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Blo
         blocks += [{"heading": f"Does RIR predict the slowdown? {label}"}, {"plots": plots}]
         cases = pd.DataFrame(record["tables"].get("transfer_cases", []))
         clouds = [
-            _cloud(cases[cases["attack"] == row["attack"]], row) for row in rows if len(cases)
+            _cloud(cases[cases["attack"] == row["attack"]], row) for row in results if len(cases)
         ]
         clouds = [plot for plot in clouds if plot["svg"]]
         blocks += collapsed("The cases behind it", [{"plots": clouds}] if clouds else [])

@@ -18,7 +18,7 @@ from lab.core.types import BASELINE, AnyCase, RunView, Trajectory
 ROLES: tuple[Role, ...] = ("harmful", "benign")
 PROTECTED: dict[Role, Better] = {"harmful": "higher", "benign": "lower"}  # slow, far, deviating
 T = TypeVar("T")
-Line = tuple[Sequence[float], Sequence[float]]  # steps, values
+Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
 class _PartOfRun:
@@ -124,7 +124,7 @@ def mean_over_steps(values: Floats, steps: Sequence[int]) -> Floats:
     return np.asarray(trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0]))
 
 
-def model_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
+def model_curve(lines: dict[str, list[Curve]], x: str, y: str, log: str = "") -> dict[str, Any]:
     """Return a record curve: for every model the mean of its (steps, values) lines, on the steps of
     its first line.
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from immunize.kappa import spectral
-from immunize.kappa.trainer import TINY, GradientImmunizer, KappaTrainer
+from immunize.kappa.trainer import TINY, GradientImmunizer, KappaTrainer, TaskTrainer, check_finite
 from lab.core.condition import Preconditioner, precondition, singular_values
 from lab.core.config import Count, Flag, NonNegative, Positive, PositiveShare, Text, config
 from lab.core.data import Case
@@ -162,9 +162,10 @@ class SpectralTrainer(KappaTrainer):
     g.
     """
 
+    options: Kappa
+
     def __init__(self, options: Kappa, model: FeatureModel, case: Case, seed: int) -> None:
         super().__init__(options, model, case, seed)
-        self.o = options
         self.values = {"lambdas": [options.lambda_p, options.lambda_h], "first": []}
         self.units = [self._units(task) for task in range(len(case.tasks))]
         self.heads = self.fit_heads([case.benign]) if options.supervised > 0 else {}
@@ -173,36 +174,36 @@ class SpectralTrainer(KappaTrainer):
         """Return what features of a task are divided by, before and after the attacker's
         preconditioner.
         """
-        if self.o.scale == "none":
+        o = self.options
+        if o.scale == "none":
             return 1.0, 1.0
         y = self.engine.features(task).to(torch.float64)
-        size = min(self.o.batch_size, len(y))
-        if self.o.scale == "rows":
+        size = min(o.batch_size, len(y))
+        if o.scale == "rows":
             return size**0.5, size**0.5
         share = (size / len(y)) ** 0.5
         unit = float(singular_values(y)[0]) * share
-        if self.o.optimizer_aware == "none":
+        if o.optimizer_aware == "none":
             return unit, unit
-        return unit, float(singular_values(precondition(y, self.o.optimizer_aware)[0])[0])
+        return unit, float(singular_values(precondition(y, o.optimizer_aware)[0])[0])
 
     def rows(self, task: int, step: int) -> tuple[Tensor, Tensor]:
         """Return the row numbers [m] of an estimate and square roots of their weights [m, 1]."""
-        n = len(self.case.tasks[task].train)
-        size = min(self.o.batch_size, n)
-        if self.o.spectrum == "full":
+        o, n = self.options, len(self.case.tasks[task].train)
+        size = min(o.batch_size, n)
+        if o.spectrum == "full":
             return torch.arange(n), torch.full((n, 1), (size / n) ** 0.5, dtype=torch.float64)
-        ages = range(min(self.o.running_window, step + 1) if self.o.spectrum == "running" else 1)
-        weights = torch.tensor([self.o.running_decay**j for j in ages], dtype=torch.float64)
+        ages = range(min(o.running_window, step + 1) if o.spectrum == "running" else 1)
+        weights = torch.tensor([o.running_decay**j for j in ages], dtype=torch.float64)
         roots = (weights / weights.sum()).sqrt().repeat_interleave(size)
         return torch.cat([self.batch(task, step - j) for j in ages]), roots[:, None]
 
     def _estimate(self, task: int, step: int) -> BatchSpectrum:
-        o = self.o
+        o = self.options
         rows, roots = self.rows(task, step)
         moves = o.lambda_h > 0 if task else o.lambda_p > 0 or o.supervised > 0
         y = self.engine.view(task, rows, gradient=moves)
-        if not bool(torch.isfinite(y).all()):
-            raise FloatingPointError("features are not finite")
+        check_finite(y, "features are not finite")
         matrix, pull = y * roots, None
         if o.optimizer_aware != "none":
             matrix, pull = precondition(matrix, o.optimizer_aware)
@@ -226,25 +227,24 @@ class SpectralTrainer(KappaTrainer):
     def _push(
         self, estimate: BatchSpectrum, objective: spectral.Objective, weight: float, ridge: float
     ) -> None:
-        o, factor = self.o, estimate.factor
+        o, factor = self.options, estimate.factor
         size = len(factor.s) if o.rank_rule == "rank" else estimate.y.shape[1]
         _, slope = objective(factor.sigma, size, o.cluster_tolerance)
         gradient = estimate.pull(spectral.feature_gradient(factor, weight * slope))
-        if not bool(torch.isfinite(gradient).all()):
-            raise FloatingPointError("the gradient of a condition-number term is not finite")
+        check_finite(gradient, "the gradient of a condition-number term is not finite")
         solve = ridge if o.preconditioned else None
         self.engine.add(estimate.task, gradient, estimate.scale, solve, o.solve_side)
 
     def _weights(self, growth: list[float]) -> list[float]:
         """Return the weights of the harmful tasks; ``growth``: log κ/κ_0 of each."""
-        if not self.o.worst_case:
+        if not self.options.worst_case:
             return [1.0 / len(growth)] * len(growth)
-        logits = -self.o.worst_case_temperature * torch.tensor(growth, dtype=torch.float64)
+        logits = -self.options.worst_case_temperature * torch.tensor(growth, dtype=torch.float64)
         return logits.softmax(0).tolist()
 
     def _lambdas(self, benign: float, harmful: float) -> list[float]:
         """Return λ_P and λ_H after dual ascent, from log κ/κ_0 of both sides."""
-        o, (lambda_p, lambda_h) = self.o, self.values["lambdas"]
+        o, (lambda_p, lambda_h) = self.options, self.values["lambdas"]
         above = benign - math.log(o.corridor_benign)
         below = math.log(o.corridor_harmful) - harmful
         return [
@@ -253,7 +253,7 @@ class SpectralTrainer(KappaTrainer):
         ]
 
     def descend(self, step: int) -> Row:
-        o = self.o
+        o = self.options
         estimates = [self._estimate(task, step) for task in range(len(self.case.tasks))]
         kappas = [estimate.log_kappa for estimate in estimates]
         first = self.values["first"] = self.values["first"] or kappas
@@ -277,13 +277,10 @@ class SpectralTrainer(KappaTrainer):
         return row
 
 
-class ImmaTrainer(KappaTrainer):
+class ImmaTrainer(TaskTrainer):
     """The updates of `KappaImma`."""
 
-    def __init__(self, options: KappaImma, model: FeatureModel, case: Case, seed: int) -> None:
-        super().__init__(options, model, case, seed)
-        self.o, self.values = options, {}
-        self.heads = self.fit_heads(case.tasks)
+    options: KappaImma
 
     def descend(self, step: int) -> Row:
         row: dict[str, float] = {}
@@ -291,17 +288,15 @@ class ImmaTrainer(KappaTrainer):
         for task, head in self.heads.items():
             rows = self.batch(task, step)
             y = self.engine.view(task, rows)
-            if not bool(torch.isfinite(y).all()):
-                raise FloatingPointError("features are not finite")
+            check_finite(y, "features are not finite")
             if task == 0:
-                row["benign_loss"] = self.supervise(y, rows, self.o.w_prior)
+                row["benign_loss"] = self.supervise(y, rows, self.options.w_prior)
                 continue
-            for _ in range(self.o.inner_steps):
-                head.descend(y, head.loss(y, rows)[2], self.o.inner_step)
+            for _ in range(self.options.inner_steps):
+                head.descend(y, head.loss(y, rows)[2], self.options.inner_step)
             value, by_feature, _ = head.loss(y, rows)
             losses.append(value)
             self.engine.add(task, -by_feature / (max(value, TINY) * (len(self.heads) - 1)))
         row["harmful_loss"] = sum(losses) / len(losses)
-        if not all(map(math.isfinite, row.values())):
-            raise FloatingPointError("a loss is not finite")
+        check_finite(row.values(), "a loss is not finite")
         return row

@@ -111,10 +111,12 @@ def preconditioned_step(x: Tensor, gradient: Tensor, ridge: float = 0.0) -> Tens
     """Return (K + ρI)⁻¹XᵀG [d, e] for K = XᵀX and ``gradient`` G [n, e]; pseudo-inverse for ρ = 0.
 
     Three cases for a spectral gradient G = 2Y V diag(f′) Vᵀ, Y = Xθ:
-      full-rank K, ρ = 0: the result is 2θ V diag(f′) Vᵀ, K cancels (X has full column rank, X⁺X =
-      I); n < d, ρ = 0: X⁺G = 2Pθ V diag(f′) Vᵀ with P the projection on the rows of X;
-      ρ > 0: W diag(s²/(s²+ρ)) Wᵀθ·2V diag(f′) Vᵀ for X = U diag(s) Wᵀ, through Xᵀ(XXᵀ+ρI)⁻¹G for n
-      < d.
+
+    - full-rank K, ρ = 0: 2θ V diag(f′) Vᵀ, as K cancels (X has full column rank, X⁺X = I);
+    - n < d, ρ = 0: X⁺G = 2Pθ V diag(f′) Vᵀ with P the projection on the rows of X;
+    - ρ > 0: W diag(s²/(s²+ρ)) Wᵀθ·2V diag(f′) Vᵀ for X = U diag(s) Wᵀ, through Xᵀ(XXᵀ+ρI)⁻¹G
+      where n < d.
+
     Cost O(n²d + nde) for n < d: a triangular or Cholesky solve of size n, never of size d.
     """
     n, d = x.shape

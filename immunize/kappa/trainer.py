@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -397,8 +397,7 @@ class KappaTrainer(ABC):
                 would look small.
         """
         y = self.engine.features(task)
-        if not bool(torch.isfinite(y).all()):
-            raise FloatingPointError("features are not finite")
+        check_finite(y, "features are not finite")
         if isinstance(self.engine, DeepEngine):
             if not bool(y.any(dim=1).all()):
                 raise FloatingPointError("all features of some row are zero")
@@ -445,6 +444,24 @@ class KappaTrainer(ABC):
         self.values = values
         for task, head in self.heads.items():
             head.w = tensors[f"head.{task}"].clone()
+
+
+class TaskTrainer(KappaTrainer):
+    """Has a head for every task, and reads nothing else of the step before."""
+
+    def __init__(
+        self, options: GradientImmunizer, model: FeatureModel, case: Case, seed: int
+    ) -> None:
+        super().__init__(options, model, case, seed)
+        self.values = {}
+        self.heads = self.fit_heads(case.tasks)
+
+
+def check_finite(values: Tensor | Iterable[float], reason: str) -> None:
+    """Raise a `FloatingPointError` that gives ``reason`` unless all ``values`` are finite."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor([*values], dtype=torch.float64)
+    if not bool(torch.isfinite(tensor).all()):
+        raise FloatingPointError(reason)
 
 
 def immunization_row(

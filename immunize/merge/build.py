@@ -18,7 +18,7 @@ from immunize.merge.learned import LearnedWeights
 from lab.core.config import Count, NonNegative, options
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.models.diffusion import DiffusionModel, Text
+from lab.models.diffusion import DiffusionModel, Text, encoded, word_positions
 
 logger = logging.getLogger(__name__)
 TEXT = "text"  # the group of the matrices that read the text encoder
@@ -167,18 +167,6 @@ Rows = tuple[Tensor, list[str]]
 """Rows [m, d] of the text encoder and the token that each stands for."""
 
 
-def word_positions(model: DiffusionModel, prompt: str, words: str) -> list[int]:
-    """Return the positions of the tokens of ``words`` in the encoded ``prompt``, first occurrence;
-    empty if they are not there.
-    """
-    wanted = model.tokenizers[0](words, add_special_tokens=False).input_ids
-    ids = model.tokens([prompt])[0].tolist()
-    for i in range(len(ids) - len(wanted) + 1) if wanted else ():
-        if ids[i : i + len(wanted)] == wanted:
-            return list(range(i, i + len(wanted)))
-    return []
-
-
 @torch.no_grad()
 def concept_rows(model: DiffusionModel, prompts: Sequence[str], words: str) -> Rows:
     """Return text-encoder rows of the tokens of ``words`` in each of ``prompts``, equal rows once;
@@ -240,8 +228,7 @@ def distinct_rows(concepts: Sequence[Rows], mu: float = 0.0) -> tuple[list[Tenso
     return distinct, list(dropped)
 
 
-@torch.no_grad()
-def regularizer_rows(model: DiffusionModel, captions: Sequence[str], batch: int = 64) -> Tensor:
+def regularizer_rows(model: DiffusionModel, captions: Sequence[str]) -> Tensor:
     """Return C_reg [captions · context, d]: all rows of the encoded captions.
 
     Raises:
@@ -249,8 +236,7 @@ def regularizer_rows(model: DiffusionModel, captions: Sequence[str], batch: int 
     """
     if not captions:
         raise UserError("scenario.regularizers", 0, "the merge needs captions of unrelated things.")
-    parts = [model.text(captions[i : i + batch]).hidden for i in range(0, len(captions), batch)]
-    return torch.cat(parts).flatten(0, 1)
+    return encoded(model, captions).flatten(0, 1)
 
 
 def build_merge(

@@ -3,12 +3,14 @@ concept.
 
 For every matrix W ∈ R^{out×d} with input rows C_n (concept n) and C_reg (regularisation),
 
-    Ŵ = argmin_X ‖X C_regᵀ − W C_regᵀ‖²_F + λ‖X − W‖²_F   s.t.  X Cᵀ = V,   V = [W_1 C_1ᵀ, …, W_N
-      C_Nᵀ] = W + Σ_n (W_n − W) C_nᵀ B_n,    B = (C A Cᵀ + μI)⁻¹ C A,    A = (C_regᵀ C_reg + λI)⁻¹
+    Ŵ = argmin_X ‖X C_regᵀ − W C_regᵀ‖²_F + λ‖X − W‖²_F    s.t.  X Cᵀ = V
+    Ŵ = W + Σ_n (W_n − W) C_nᵀ B_n
+    V = [W_1 C_1ᵀ, …, W_N C_Nᵀ],    B = (C A Cᵀ + μI)⁻¹ C A,    A = (C_regᵀ C_reg + λI)⁻¹
 
-(MIMA, arXiv 2412.15320; the constrained least squares of Custom Diffusion, arXiv 2212.04488,
-written as an update). μ > 0 replaces the constraint by (1/μ)‖X Cᵀ − V‖²_F. The inputs are frozen,
-so B is factored once, in float64, and a merge costs two thin products per matrix. Deviates from the
+where C has the rows of all C_n and B_n are those rows of B that belong to concept n (MIMA, arXiv
+2412.15320; the constrained least squares of Custom Diffusion, arXiv 2212.04488, written as an
+update). μ > 0 replaces the constraint by (1/μ)‖X Cᵀ − V‖²_F. The inputs are frozen, so B is
+factored once, in float64, and a merge costs two thin products per matrix. Deviates from the
 released code, which factors C_regᵀC_reg again for every layer at every step.
 """
 

@@ -17,7 +17,7 @@ from immunize.gradients import Params, accumulate, gradient_at
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
 
-Kind = Literal["sparse", "low_rank", "gate"]
+MapKind = Literal["sparse", "low_rank", "gate"]
 
 
 def block_of(name: str) -> str:
@@ -45,7 +45,7 @@ class LearnedWeights:
         self,
         shapes: Mapping[str, Tensor],
         concepts: int,
-        kind: Kind = "gate",
+        kind: MapKind = "gate",
         rank: int = 4,
         seed: int = 0,
     ) -> None:

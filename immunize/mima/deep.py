@@ -9,11 +9,6 @@ all concepts merged, and sg the stopped gradient,
            + w_benign · mean_marks max(L(x^u_b; Θ_b) − L(x^u_b; Θ⁰_b), 0)
            + ramp · { w_prior · L(x^prior; θ) + w_distill · ‖ε_θ(x^prior) − sg ε_θ0(x^prior)‖² }
 
-With ``online`` an outer step looks at one mark only: θ moves there, and the attackers go on from
-where they are, added to the moved θ, until their K steps are over; then new ones are drawn. The
-expensive part, the attackers' steps, is then shared by as many updates as there are marks (as
-adversarial training "for free" does, arXiv 1904.12843).
-
 where x^decoy are images that the original generates for the concept's captions (after an erasure:
 without the concept), Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient
 is first order, ∂Θ/∂θ = I, taken at the effective weights and brought back to θ through the merge's
@@ -21,6 +16,11 @@ adjoint. b is a benign concept of the rehearsal set, attacked like a target, tha
 learnable: Θ⁰_b is the original model after the same steps on the same batches, and the term is what
 fine-tuning towards b has lost against it. With ``benign="loss"`` L(x^u_b; Θ_b) itself is minimised,
 which goes on paying for benign concepts that learn *faster* than before.
+
+With ``online`` an outer step looks at one mark only: θ moves there, and the attackers go on from
+where they are, added to the moved θ, until their K steps are over; then new ones are drawn. The
+expensive part, the attackers' steps, is then shared by as many updates as there are marks (as
+adversarial training "for free" does, arXiv 1904.12843).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge
 from immunize.mima.inner_loop import AttackerFamily, DrawnAttacker, draw_factors
 from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
-from immunize.mima.sampling import Batch, ConceptSplit, Decoys, Pool, check_size
+from immunize.mima.sampling import Batch, ConceptSplit, Pool, check_size
 from lab.core.config import AsList, Count, Flag, NonNegative, PositiveShare, Text, config
-from lab.core.data import ConceptCase
+from lab.core.data import ConceptCase, Sampling
 from lab.core.seeding import derive, generator
 from lab.core.training import part_of, restore_state, state_tensors
 
@@ -116,8 +116,8 @@ class MimaDeep(ConceptImmunizer):
     def needs_merge(self) -> bool:
         return "merged" in self.evaluate or self.concepts == "composed"
 
-    def decoys_per_target(self) -> Decoys | None:
-        return Decoys(self.decoys, self.decoy_steps) if self.w_decoy else None
+    def decoys_per_target(self) -> Sampling | None:
+        return Sampling(count=self.decoys, steps=self.decoy_steps) if self.w_decoy else None
 
     def shards(self, case: ConceptCase) -> int:
         """As `Mima.shards`; a merged model needs all attacked copies in one place."""

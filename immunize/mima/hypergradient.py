@@ -1,8 +1,10 @@
 """The gradient of the outer loop through merge and inner loop (MIMA, arXiv 2412.15320), streamed
 over concepts.
 
-    J(θ) = mean_n outer_n(θ̂),    θ̂ = Merge(θ, θ'_1 … θ'_N),    θ'_n = inner loop of concept n
-    from θ g = Π_u [ v_dir + Σ_n J_nᵀ v_n ],    (v_dir, v_1 … v_N) = Mergeᵀ v,    v = ∇_θ̂ J
+    J(θ) = mean_n outer_n(θ̂),    θ̂ = Merge(θ, θ'_1 … θ'_N)
+    g = Π_u [ v_dir + Σ_n J_nᵀ v_n ],    (v_dir, v_1 … v_N) = Mergeᵀ v,    v = ∇_θ̂ J
+
+where θ'_n is what the inner loop of concept n makes of θ, and J_n its derivative by θ.
 
 Three sweeps over the concepts: inner loop, ∇J at θ̂, transpose of the inner loop on the same
 batches. Time is linear in N; memory is that of one concept (plus N thin traces where K > 1 and
@@ -11,8 +13,8 @@ batches. Time is linear in N; memory is that of one concept (plus N thin traces 
 ``implicit`` differentiates a proximal inner loop (iMAML, arXiv 1909.04630):
 θ' = argmin_φ L(φ) + (ρ/2)‖φ − θ‖² on the inner set, the rest of the parameters staying at θ:
 
-    ∂⟨v, θ'⟩ by the inner set = a,  (I + ∇²_ll L(θ')/ρ) a = v_l;    by the rest = v_o − ∇²_ol L(θ')
-    a / ρ
+    ∂⟨v, θ'⟩ by the inner set = a,    (I + ∇²_ll L(θ')/ρ) a = v_l
+    ∂⟨v, θ'⟩ by the rest = v_o − ∇²_ol L(θ') a / ρ
 
 Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters
 in float32 or float64; a loss that computes in another dtype casts them itself

@@ -29,14 +29,12 @@ from immunize.merge.build import (
     group_of,
     record_inputs,
     scope_names,
-    word_positions,
 )
 from immunize.merge.closed_form import Merge
 from immunize.mima.inner_loop import AttackerOptions, DrawnAttacker
 from immunize.mima.sampling import (
     Batch,
     ConceptSplit,
-    Decoys,
     Pool,
     cast,
     check_size,
@@ -46,13 +44,13 @@ from immunize.mima.sampling import (
 )
 from lab.core.condition import leading_directions
 from lab.core.config import Count, Flag, Index, NonNegative, Positive, PositiveShare, Text, config
-from lab.core.data import Concept, ConceptCase, Kind
+from lab.core.data import Concept, ConceptCase, Kind, Sampling
 from lab.core.distributed import team
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import derive
 from lab.core.training import part_of, restore_slots, schedule_factor, slots, train
 from lab.core.types import Checkpoint, Immunizer, Log
-from lab.models.diffusion import DiffusionModel
+from lab.models.diffusion import DiffusionModel, word_positions
 
 logger = logging.getLogger(__name__)
 _FINITE = ("gradient_norm", "outer_loss", "prior_loss", "benign_loss")  # what a run must not lose
@@ -167,7 +165,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
     def needs_merge(self) -> bool:
         return True
 
-    def decoys_per_target(self) -> Decoys | None:
+    def decoys_per_target(self) -> Sampling | None:
         """Return what is generated for every target, see `immunize.mima.sampling.ConceptSplit`."""
         return None
 
@@ -325,7 +323,7 @@ class Setup:
         self.denoiser.sync(tuple(theta))
         return theta
 
-    def split(self, concepts: Sequence[Concept], decoys: Decoys | None) -> list[ConceptSplit]:
+    def split(self, concepts: Sequence[Concept], decoys: Sampling | None) -> list[ConceptSplit]:
         templates = self.config.templates
         return [
             split_concept(self.model, concept, self.seed, self.dtype, decoys, templates)

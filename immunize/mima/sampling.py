@@ -24,14 +24,6 @@ from lab.models.diffusion import DiffusionModel, Text
 WORDS = ("zwx", "qvb", "puk", "dzy", "brel", "mo", "vhj", "gaft")
 
 
-@dataclass(frozen=True)
-class Decoys:
-    """How many images to generate per concept, in how many DDIM steps."""
-
-    count: int
-    steps: int
-
-
 def numbered(template: str, word: int) -> str:
     """Return ``token`` with the number of its rare word in `WORDS`; other templates as they are."""
     return f"{template} {word}" if template == "token" else template
@@ -166,13 +158,13 @@ def split_concept(
     concept: Concept,
     seed: int,
     dtype: torch.dtype,
-    decoys: Decoys | None = None,
+    decoys: Sampling | None = None,
     templates: Sequence[str] = (),
 ) -> ConceptSplit:
     """Split the own images by a seeded permutation; the inner loop gets the odd one.
 
     Args:
-        decoys: what to generate besides.
+        decoys: how images are generated besides, ``count`` of them.
         templates: by which the images get further captions (`numbered`); a concept that nobody
             described gets none by ``description``.
     """
@@ -193,7 +185,7 @@ def split_concept(
     if decoys is not None:
         captioned = concept.own.pick([i % count for i in range(decoys.count)])
         latents = model.latents(decoys.count, seed, "mima", "decoys", name)
-        images = model.generate(captioned.prompts, latents, Sampling(steps=decoys.steps))
+        images = model.generate(captioned.prompts, latents, decoys)
         generated = encode(replace(captioned, images=images))
     return ConceptSplit(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=generated)
 

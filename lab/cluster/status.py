@@ -19,8 +19,7 @@ from omegaconf import DictConfig
 
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.runner.batch import PROCESS, is_claimed
-from lab.runner.experiment import relative
+from lab.runner.batch import PROCESS, is_claimed, relative
 
 ORDER = (
     *("queued", "running", "ok", "diverged", "failed"),

@@ -1,9 +1,9 @@
 """Stages addressed by content: computed once, written once, checked on every read.
 
-An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and
+An artifact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and
 ``meta.json`` (the SHA-256 of the other two, the seconds that they took, and digests of the
-artefacts that it was made from). KEY is the hash of everything that determines the result, sources
-included. If the same key gives another result later (other hardware, other threads), artefacts that
+artifacts that it was made from). KEY is the hash of everything that determines the result, sources
+included. If the same key gives another result later (other hardware, other threads), artifacts that
 were made from the earlier result are computed again. The folder appears in one rename, so a reader
 sees all of it or nothing. A file lock lets one of several processes compute while the others wait.
 """
@@ -36,7 +36,7 @@ _FILES = ("values.json", "tensors.safetensors")
 _SPENT = "_seconds_spent"  # in a checkpoint's values: seconds computed before it was written
 _FROM = "_made_from"  # in a checkpoint's values: digests of what the stage is computed from
 
-Place = tuple[str, str]  # stage and key of an artefact
+Place = tuple[str, str]  # stage and key of an artifact
 
 
 @dataclass
@@ -62,8 +62,8 @@ def _agree(before: dict[str, str], now: dict[str, str]) -> bool:
 
 
 class StageCheckpoint:
-    """State of an unfinished stage: one safetensors file beside the artefact, values in its
-    metadata.
+    """State of an unfinished stage, in one file beside the artifact: the SHA-256 of the rest, how
+    long the values are, the values as JSON, and the tensors in the format of safetensors.
     """
 
     def __init__(self, path: Path, made_from: dict[str, str] | None = None) -> None:

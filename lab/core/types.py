@@ -223,7 +223,6 @@ class Immunizer(Method, Generic[ModelT, CaseT]):
 
     def shards(self, case: CaseT) -> int:
         """Return into how many parts one immunization can be split over processes."""
-        del case
         return 1
 
 
@@ -346,7 +345,6 @@ class Attacker(Method, Generic[ModelT, TaskT]):
         Raises:
             UserError: options that do not fit the model.
         """
-        del model, task
 
 
 @dataclass
@@ -452,7 +450,6 @@ class RunMetric(Method):
 
     def settled_tasks(self, run: RunView) -> frozenset[str]:
         """Return the names of tasks that need no attack, as their result is known before."""
-        del run
         return frozenset()
 
     @abstractmethod
@@ -473,3 +470,11 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Return whether both have the same parameters and buffers, bit for bit."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def changed_tensors(
+    before: nn.Module | TextToImageModel, after: nn.Module | TextToImageModel
+) -> dict[str, Tensor]:
+    """Return the tensors of ``after`` that differ from those of ``before``."""
+    old = before.state_dict()
+    return {k: v for k, v in after.state_dict().items() if not v.equal(old[k].to(v.device))}

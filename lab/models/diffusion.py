@@ -24,6 +24,7 @@ from lab.core.prompts import warn_cut
 from lab.core.seeding import generator
 from lab.models.devices import warn_of_emulation
 
+_PROMPTS = 64  # prompts per forward pass of a text encoder
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -356,3 +357,22 @@ class DiffusionModel(nn.Module):
             ):  # transformers 4 loads vocab.json and merges.txt, 5 leaves them out
                 tokenizer.backend_tokenizer.model.save(str(folder / f"tokenizer{suffix}"))
         return folder
+
+
+def word_positions(model: DiffusionModel, prompt: str, words: str) -> list[int]:
+    """Return the positions of the tokens of ``words`` in the encoded ``prompt``, first occurrence;
+    empty if they are not there.
+    """
+    wanted = model.tokenizers[0](words, add_special_tokens=False).input_ids
+    ids = model.tokens([prompt])[0].tolist()
+    for i in range(len(ids) - len(wanted) + 1) if wanted else ():
+        if ids[i : i + len(wanted)] == wanted:
+            return list(range(i, i + len(wanted)))
+    return []
+
+
+@torch.no_grad()
+def encoded(model: DiffusionModel, prompts: Sequence[str]) -> Tensor:
+    """Return text-encoder rows [n, context, d] without gradient, computed in batches."""
+    batches = (prompts[i : i + _PROMPTS] for i in range(0, len(prompts), _PROMPTS))
+    return torch.cat([model.text(batch).hidden for batch in batches])

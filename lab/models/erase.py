@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lab.core.config import Index, NonNegative, Positive, Prompt, Text, config
 from lab.core.data import ConceptCase, Erasure, Kind
 from lab.core.errors import UserError, nearest
 from lab.core.types import Eraser, Model
-from lab.models.diffusion import DiffusionModel
+from lab.models.diffusion import DiffusionModel, encoded, word_positions
 
 KEY = "scenario"  # what is erased comes with its cases
 _log = logging.getLogger(__name__)
@@ -156,14 +156,18 @@ def rows(
     Raises:
         UserError: words that are not in a prompt or beyond its context.
     """
-    tokenizer = model.tokenizers[0]
     pair = (erasure.prompts, erasure.anchors)
     ids = [model.tokens(texts).tolist() for texts in pair]
     hidden = [encode(texts) if encode else encoded(model, texts) for texts in pair]
     old, new = [], []
     for i, prompt in enumerate(erasure.prompts):
-        start = position(prompt, erasure.words, ids[0][i], tokenizer)
-        ends = [line[i][1:].index(tokenizer.eos_token_id) + 1 for line in ids]
+        places = word_positions(model, prompt, erasure.words)
+        if not places:
+            close = nearest(erasure.words.lower(), prompt.lower().replace(",", " ").split())
+            fix = f"is not in the first {len(ids[0][i])} tokens of the prompt {prompt!r}; {close}"
+            raise UserError(KEY, erasure.words, fix)
+        start = places[0]
+        ends = [line[i][1:].index(model.tokenizers[0].eos_token_id) + 1 for line in ids]
         old.append(hidden[0][i, start:])
         new.append(hidden[1][i, aligned(start, ends[0], ends[1], len(ids[0][i]))])
     return torch.cat(old), torch.cat(new)
@@ -182,24 +186,3 @@ def aligned(start: int, end: int, anchor_end: int, context: int) -> list[int]:
     words = [max(i + anchor_end - end, 1) for i in range(start, end + 1)]
     padding = [max(i, min(anchor_end + 1, context - 1)) for i in range(end + 1, context)]
     return words + padding
-
-
-def position(prompt: str, words: str, ids: Sequence[int], tokenizer: Any) -> int:
-    """Find where the tokens of ``words`` begin in the tokens ``ids`` of ``prompt``.
-
-    Raises:
-        UserError: nowhere; names the prompt's nearest words.
-    """
-    wanted: list[int] = tokenizer(words, add_special_tokens=False).input_ids
-    for start in range(len(ids) - len(wanted) + 1):
-        if wanted and list(ids[start : start + len(wanted)]) == wanted:
-            return start
-    close = nearest(words.lower(), prompt.lower().replace(",", " ").split())
-    reason = f"is not in the first {len(ids)} tokens of the prompt {prompt!r}; {close}"
-    raise UserError(KEY, words, reason)
-
-
-def encoded(model: DiffusionModel, prompts: Sequence[str], batch: int = 64) -> Tensor:
-    """Return text-encoder rows [n, context, d] without gradient."""
-    parts = [model.text(prompts[i : i + batch]).hidden for i in range(0, len(prompts), batch)]
-    return torch.cat(parts)

@@ -31,7 +31,8 @@ from lab.core.sources import ROOT
 from lab.models.diffusion_backbone import locate_folder
 from lab.release.verify import FACTS
 from lab.runner.assemble import Parts, as_list, assemble, read_fail_on
-from lab.runner.experiment import relative, run_once
+from lab.runner.batch import relative
+from lab.runner.experiment import run_once
 from lab.scenarios.concept_folders import read_entries
 
 SCHEMA_VERSION = "1.0"

@@ -25,7 +25,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from attacks.diffusion.export import export as write_attack_weights
 from eval.report.leaderboard import columns
@@ -41,7 +40,8 @@ from lab.core.provenance import versions
 from lab.core.record import Record, Stored
 from lab.core.slugs import searched_attack
 from lab.core.sources import PACKAGES
-from lab.core.types import BASELINE, IMMUNIZED, Backbone, Trajectory, clone
+from lab.core.training import part_of
+from lab.core.types import BASELINE, IMMUNIZED, Backbone, Trajectory, changed_tensors, clone
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
 from lab.models.vision import VisionBackbone, VisionModel
@@ -58,7 +58,7 @@ from lab.release.verify import (
     write_sums,
 )
 from lab.runner.assemble import as_list, assemble, find_targets
-from lab.runner.experiment import relative
+from lab.runner.batch import relative
 from lab.runner.pipeline import Pipeline
 
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -295,12 +295,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of ``after`` that differ from those of ``before``."""
-    old = before.state_dict()
-    return {k: v for k, v in after.state_dict().items() if not v.equal(old[k].to(v.device))}
-
-
 def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
     published, released = release.published, release.released
     changed = changed_tensors(published, released)
@@ -398,12 +392,8 @@ def write_attack(record: Stored, cell: dict[str, Any], cfg: DictConfig, folder: 
     if "form" not in artifact.values["info"]:
         message = "attacks no text-to-image model; its weights have no format."
         raise UserError("export.attack", cell["attack"], message)
-    tensors = {
-        name.removeprefix("weights/"): tensor
-        for name, tensor in artifact.tensors.items()
-        if name.startswith("weights/")
-    }
-    trajectory = Trajectory(**artifact.values, weights=tensors, samples={})
+    weights = part_of(artifact.tensors, "weights/")
+    trajectory = Trajectory(**artifact.values, weights=weights, samples={})
     for path in write_attack_weights(trajectory, folder):
         print(f"  {path.relative_to(folder)}")
 

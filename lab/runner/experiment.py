@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +37,13 @@ VERDICT_METRICS = ("verdict", "verdict_share")
 
 
 def is_recoverable(cell: Cell, error: Exception) -> bool:
-    """Return True if the run can continue without this stage."""
-    if cell.stage == "immunize":
-        return False  # every later stage needs it
-    if isinstance(error, UserError):
-        return False  # the user must fix it first
-    return not affects_all_stages(error)
+    """Return True if the run can continue without this stage.
+
+    Every later stage needs the immunized model, and a `UserError` is for the user to fix first.
+    """
+    return not (
+        cell.stage == "immunize" or isinstance(error, UserError) or affects_all_stages(error)
+    )
 
 
 def affects_all_stages(error: BaseException) -> bool:
@@ -75,43 +77,25 @@ def describe(
     )
 
 
-class FailedStages:
-    """The attacks and metrics of a run that failed.
+def clear_verdicts(results: dict[str, Any], failed: Collection[str]) -> None:
+    """Remove the verdicts if an attack failed: it may be the one that breaks the model.
 
-    Attributes:
-        first: the failure that the run ends with, once everything else is done.
-        attacks, metrics: name → reason.
+    Args:
+        results: ``metrics``, ``curves`` and ``tables`` of a record.
+        failed: names of the attacks that did.
     """
-
-    def __init__(self) -> None:
-        self.first: RunFailed | None = None
-        self.attacks: dict[str, str] = {}
-        self.metrics: dict[str, str] = {}
-
-    def add(self, cell: Cell, failure: RunFailed) -> None:
-        """Note that ``cell`` failed; of an attack or a metric the first failure counts."""
-        names = self.metrics if cell.attack is None else self.attacks
-        names.setdefault(str(cell.metric or cell.attack), f"{failure.type}: {failure.message}")
-        self.first = self.first or failure
-
-    def clear_verdicts(self, results: dict[str, Any]) -> None:
-        """Remove the verdicts if an attack failed: it may be the one that breaks the model.
-
-        Args:
-            results: ``metrics``, ``curves`` and ``tables`` of a record.
-        """
-        if not self.attacks:
-            return
-        note = f"{', '.join(self.attacks)} failed: a verdict needs every attack that was asked for"
-        for name in VERDICT_METRICS:
-            if name in results["metrics"]:
-                results["metrics"][name] |= {"value": None, "low": None, "high": None, "note": note}
-        tables = results["tables"]
-        tables.pop("verdict", None)
-        if "seed_values" in tables:
-            tables["seed_values"] = [
-                row for row in tables["seed_values"] if row["metric"] not in VERDICT_METRICS
-            ]
+    if not failed:
+        return
+    note = f"{', '.join(failed)} failed: a verdict needs every attack that was asked for"
+    for name in VERDICT_METRICS:
+        if name in results["metrics"]:
+            results["metrics"][name] |= {"value": None, "low": None, "high": None, "note": note}
+    tables = results["tables"]
+    tables.pop("verdict", None)
+    if "seed_values" in tables:
+        tables["seed_values"] = [
+            row for row in tables["seed_values"] if row["metric"] not in VERDICT_METRICS
+        ]
 
 
 @dataclass(frozen=True)
@@ -145,7 +129,9 @@ class Run:
         self.hits = 0
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
-        self.failed = FailedStages()
+        self.failure: RunFailed | None = None  # what the run ends with, after everything else
+        # kind of stage → name of an attack or a metric → reason
+        self.failed: dict[str, dict[str, str]] = {"attack": {}, "eval": {}}
         self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
         self.current: Cell | None = None  # what this process computes
         self.failed_parts: set[str] = set()  # config keys of what failed in this process
@@ -170,10 +156,10 @@ class Run:
             cells = [pipeline.eval_cell(name) for name in self.applicable_metrics()]
             self._compute_stages(cells)
             for cell in cells:
-                if cell.metric not in self.failed.metrics and self.executor.is_main:
+                if cell.metric not in self.failed["eval"] and self.executor.is_main:
                     self._collect_scores(cell)
-        if self.failed.first is not None and self.executor.is_main:
-            raise self.failed.first
+        if self.failure is not None and self.executor.is_main:
+            raise self.failure
 
     def applicable_metrics(self) -> list[str]:
         """Return the metrics that this run can compute; the others are noted in ``skipped``."""
@@ -184,7 +170,7 @@ class Run:
                     "compares with the baseline model, and immunize=none is the baseline model"
                 )
             elif part.obj.needs_attack and not self.pipeline.attacks:
-                reason = "none is left" if self.failed.attacks else "attacks=none"
+                reason = "none is left" if self.failed["attack"] else "attacks=none"
                 self.skipped[name] = f"needs an attack, and {reason}"
             else:
                 names.append(name)
@@ -222,7 +208,7 @@ class Run:
 
     def _note(self, cell: Cell, result: StageResult) -> None:
         """Note what became of a stage, the same on every process."""
-        status = "pending" if cell.attack in self.failed.attacks else result.status
+        status = "pending" if cell.attack in self.failed["attack"] else result.status
         entry: dict[str, Any] = {
             "stage": cell.stage,
             "key": cell.key,
@@ -231,7 +217,7 @@ class Run:
         }
         self.cells.append(entry)
         if status == "failed" and result.failure is not None:
-            self.failed.add(cell, result.failure)
+            self._add_failure(cell, result.failure)
         if status not in ("ok", "diverged"):
             return
         self.hits += result.hit
@@ -255,10 +241,16 @@ class Run:
             log.warning(note)
             self.pipeline.notes[note] = None
 
+    def _add_failure(self, cell: Cell, failure: RunFailed) -> None:
+        """Note that ``cell`` failed; of an attack or a metric the first failure counts."""
+        reason = f"{failure.type}: {failure.message}"
+        self.failed[cell.stage].setdefault(str(cell.metric or cell.attack), reason)
+        self.failure = self.failure or failure
+
     def _leave_out_failed_attacks(self) -> None:
-        for name, reason in self.failed.attacks.items():
+        for name, reason in self.failed["attack"].items():
             self.pipeline.notes[f"attack {name} failed and is left out: {reason}"] = None
-        kept = [name for name in self.pipeline.attacks if name not in self.failed.attacks]
+        kept = [name for name in self.pipeline.attacks if name not in self.failed["attack"]]
         self.pipeline.attacks = tuple(kept)
 
     def _collect_scores(self, cell: Cell) -> None:
@@ -268,7 +260,7 @@ class Run:
             records.scores_json([*self.scores, scores])
             records.merged([*self.scores, scores], "images")
         except ValueError as error:
-            self.failed.add(cell, describe(error, cell))
+            self._add_failure(cell, describe(error, cell))
             next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
         else:
             self.scores.append(scores)
@@ -325,7 +317,7 @@ class Run:
         results = records.scores_json(self.scores)
         if rows := records.seed_values(self.scores, seeds):
             results["tables"]["seed_values"] = rows
-        self.failed.clear_verdicts(results)
+        clear_verdicts(results, self.failed["attack"])
         return {
             "schema": records.SCHEMA_VERSION,
             "name": f"{cfg.name}/{cfg.immunize.name}",
@@ -339,7 +331,7 @@ class Run:
             "notes": [*filter(None, [cfg.remark]), *pipeline.notes],
             "cells": self.cells,
             "error": self.error,
-            "skipped": self.skipped | self.failed.metrics,
+            "skipped": self.skipped | self.failed["eval"],
             "provenance": facts,
             **results,
         }

@@ -18,6 +18,7 @@ from lab.core.data import ConceptCase, ScenarioData
 from lab.core.errors import Diverged, UserError
 from lab.core.hashing import digest, fingerprint, model_settings, stage_key, without_sampling
 from lab.core.provenance import computing
+from lab.core.training import part_of
 from lab.core.types import (
     BASELINE,
     AnyCase,
@@ -31,6 +32,7 @@ from lab.core.types import (
     Scores,
     SeedScore,
     Trajectory,
+    changed_tensors,
     clone,
 )
 from lab.runner.assemble import Parts
@@ -212,9 +214,9 @@ class Pipeline:
         Raises:
             UserError: it changed nothing, or the names and shapes of parameters.
         """
-        old, method = before.state_dict(), self.parts.model_names[model_name].obj.name
-        new = check_immunized(after, old, method)
-        changed = {name: value for name, value in new.items() if not value.equal(old[name])}
+        method = self.parts.model_names[model_name].obj.name
+        check_immunized(after, before.state_dict(), method)
+        changed = changed_tensors(before, after)
         if not changed and model_name != BASELINE:
             fix = f"left every weight of case {case.name} as it was; nothing would be compared."
             raise UserError("immunize", method, fix)
@@ -334,11 +336,10 @@ class Pipeline:
         self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
     ) -> Trajectory:
         artifact, _ = self.compute(self.attack_cell(model_name, attack, case, task, seed))
-        parts: dict[str, Any] = {"weights": {}, "samples": {}}
-        for name, tensor in artifact.tensors.items():
-            kind, _, rest = name.partition("/")
-            parts[kind][rest] = tensor
-        return Trajectory(**parts, **artifact.values)
+        weights, samples = (
+            part_of(artifact.tensors, f"{kind}/") for kind in ("weights", "samples")
+        )
+        return Trajectory(weights=weights, samples=samples, **artifact.values)
 
     def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         joined = stage_key(kept=key, computing=computing())

@@ -33,6 +33,7 @@ from lab.core.data import (
     ScenarioData,
 )
 from lab.core.errors import UserError, UserErrors, as_user_error
+from lab.core.hashing import digest
 from lab.core.images import expand_path
 from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
@@ -41,7 +42,6 @@ from lab.core.types import Scenario
 from lab.minisd.world import folders, world
 from lab.minisd.world.openmoji import CREDIT
 from lab.minisd.world.world import Subset
-from lab.models.activations import digest
 from lab.scenarios import concept_texts
 from lab.scenarios.world_concepts import Side, Studio, case_name, empty, hashed, rest
 
@@ -210,7 +210,7 @@ def _entry(value: Any, key: str) -> Entry:
 @config
 class ConceptFolders(Scenario):
     """One case from folders of images (`lab.minisd.world.folders`) and concepts of the embedded
-    world. Implements `lab.core.types.Scenario`.
+    world.
 
     The images of a folder are split by seed into those of the immunizer (own), of the attacker
     (train) and of the comparison (reference). An image that comes twice is used once; one that two

@@ -18,7 +18,7 @@ from lab.minisd.world.captions import (
 )
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.scenes import BACKGROUNDS
-from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES, style
+from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE, STYLE_NAMES
 from lab.minisd.world.world import Picture, Subset, picture
 
 # Reserved for evaluation: MiniSD's captions use none of them, and no immunizer or attacker may.
@@ -59,7 +59,7 @@ def _weave(
     several = any("{description}" in t for t in templates)
     ways = [
         (t, d)
-        for d in range(len(style(style_name).descriptions) if several else 1)
+        for d in range(len(STYLE[style_name].descriptions) if several else 1)
         for t in templates
     ]
     order = [ways[(i + i // len(objects)) % len(ways)] for i in range(total)]
@@ -131,7 +131,7 @@ world_caption = attrgetter("text")
 def description(shown: Picture) -> str:
     """Return a caption that says what the style of an image looks like, and not its name."""
     dice = Dice(shown.stream, "described caption")
-    number = int(dice.uniform(0, len(style(shown.style).descriptions)))
+    number = int(dice.uniform(0, len(STYLE[shown.style].descriptions)))
     return fill(
         dice.pick(STYLE_TEMPLATES["description"]), noun(shown.objects[0]), shown.style, number
     )

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from lab.core.cache import stage_key
 from lab.core.config import AsList, Count, Index, Names, Text, config, options
 from lab.core.data import (
     CaptionedImages,
@@ -25,7 +24,7 @@ from lab.core.data import (
     ScenarioData,
 )
 from lab.core.errors import UserError, nearest
-from lab.core.hashing import fingerprint
+from lab.core.hashing import fingerprint, stage_key
 from lab.core.images import resize_bytes
 from lab.core.seeding import derive
 from lab.core.types import Scenario
@@ -38,8 +37,8 @@ from lab.minisd.world.vocabulary import (
     ROLES,
     STYLE_NAMES,
     STYLES,
+    THING,
     members,
-    thing,
 )
 from lab.minisd.world.world import Picture, Subset
 from lab.scenarios import concept_texts as words
@@ -176,13 +175,13 @@ class Studio:
                 left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
             )
             return self.draw(subset, total, words.caption, "prior")
-        same = tuple(o for o in members(thing(name).category) if o not in taken) or left.objects
+        same = tuple(o for o in members(THING[name].category) if o not in taken) or left.objects
         return self.draw(Subset(same, two_share=0.0), total, words.class_caption, "prior")
 
 
 @config
 class WorldConcepts(Scenario, ABC):
-    """One case per entry of the chosen list. Implements `lab.core.types.Scenario`.
+    """One case per entry of the chosen list.
 
     Images of a concept depend on the seed, the concept and the part alone, so that cases, splits
     and scenarios share them. Parts (``own``, ``train``, ``reference``) come from streams of their

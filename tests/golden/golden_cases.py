@@ -29,7 +29,7 @@ from lab.core.sources import ROOT
 from lab.core.types import BASELINE, IMMUNIZED, Budget
 from lab.minisd.world import openmoji, scenes, world
 from lab.minisd.world.dice import Dice
-from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLES, style
+from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLE, STYLES
 
 VALUES = ROOT / "tests" / "golden" / "values.json"
 RECORDS = ROOT / "outputs" / "records" / "house_price_table"  # committed results of the real table
@@ -206,9 +206,10 @@ def painted(style_name: str) -> dict[str, str]:
     MiniSD's weights were trained on these pixels. A sum in another order changes the last bits of
     the scene and, after rounding, a pixel in dozens of images.
     """
-    fox = np.asarray(openmoji.rasterise(openmoji.find("fox face").hexcode, 64), np.float32) / 255
+    fox_face = openmoji.by_name()["fox face"].hexcode
+    fox = np.asarray(openmoji.rasterise(fox_face, 64), np.float32) / 255
     images = world.sample(world.Subset(OBJECTS, (style_name,)), SEED, 8).images
-    paint = scenes._light if style_name == PHOTO else style(style_name).paint
+    paint = scenes._light if style_name == PHOTO else STYLE[style_name].paint
     scene = paint(fox[..., :3], fox[..., 3], Dice(SEED, "scene"))
     return {"scene": digest(torch.from_numpy(scene)), "images": digest(images)}
 

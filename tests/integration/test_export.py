@@ -22,11 +22,11 @@ from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
 from lab.core.errors import UserError
 from lab.core.hashing import state_hash
+from lab.core.types import changed_tensors
 from lab.models.diffusion import DiffusionModel
 from lab.models.vision import VisionBackbone
 from lab.release.export import (
     Release,
-    changed_tensors,
     check_trusted,
     choose,
     export,

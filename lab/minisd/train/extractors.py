@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
+from lab.core.cache import Artifact, StageCache, StageCheckpoint
 from lab.core.config import Count, Text, bind, options
+from lab.core.hashing import stage_key
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
 from lab.core.sources import source_hash

@@ -96,7 +96,7 @@ def lowest(predicted: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
     return {"name": name, "share": share, "n": counts[name]}
 
 
-class _Judged(NamedTuple):
+class _Scored(NamedTuple):
     """What the detector and the small CLIP make of images, and what their prompts name."""
 
     probabilities: Mapping[Head, Tensor]
@@ -104,7 +104,7 @@ class _Judged(NamedTuple):
     by_clip: Mapping[Head, Sequence[str]]
 
 
-def generation_rates(detector: Detector, judged: Sequence[_Judged]) -> Rates:
+def generation_rates(detector: Detector, scored: Sequence[_Scored]) -> Rates:
     """Return the detector's error rates on generated images, concept by concept.
 
     Nobody labelled the images. One counts as showing a concept where its prompt names it and the
@@ -113,9 +113,9 @@ def generation_rates(detector: Detector, judged: Sequence[_Judged]) -> Rates:
     """
     rates: Rates = {}
     for head in NAMES:
-        p = torch.cat([part.probabilities[head] for part in judged])
-        wanted = np.array([name for part in judged for name in part.wanted[head]])
-        by_clip = np.array([name for part in judged for name in part.by_clip[head]])
+        p = torch.cat([part.probabilities[head] for part in scored])
+        wanted = np.array([name for part in scored for name in part.wanted[head]])
+        by_clip = np.array([name for part in scored for name in part.by_clip[head]])
         for i, name in enumerate(NAMES[head]):
             seen = (p[:, i] >= detector.threshold).numpy()
             asked, agreed = wanted == name, by_clip == name
@@ -156,7 +156,7 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
     }
     classes = {head: prototypes(clip.texts, texts) for head, texts in all_prompts.items()}
 
-    judged: list[_Judged] = []
+    scored: list[_Scored] = []
 
     def score(images: Tensor, objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
         wanted: dict[Head, Sequence[str]] = {"object": objects, "style": styles}
@@ -165,7 +165,7 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
             head: [NAMES[head][i] for i in zero_shot(vectors, table).tolist()]
             for head, table in classes.items()
         }
-        judged.append(_Judged(detector.probabilities(images), wanted, by_clip))
+        scored.append(_Scored(detector.probabilities(images), wanted, by_clip))
         return {
             "detector": shares(by_detector, wanted),
             "clip": shares(by_clip, wanted),
@@ -176,7 +176,7 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
     generated = {}
     for name, (texts, objects, styles) in suites(scale).items():
         generated[name] = score(generate(model, texts, seed, name, sampling), objects, styles)
-    rates = generation_rates(detector, judged)
+    rates = generation_rates(detector, scored)
     every = suites(1)
     texts = (*every["photos"][0][:16], *every["styles"][0][:16])
     broken = torch.cat([*destroyed(model, texts, derive(seed, "quality", "destroyed"))])

@@ -22,10 +22,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
+from lab.core.cache import Artifact, StageCache, StageCheckpoint
 from lab.core.config import Count, NonNegative, Positive, Text, bind, options
 from lab.core.errors import UserError
-from lab.core.hashing import file_hashes
+from lab.core.hashing import file_hashes, stage_key
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
 from lab.core.sources import source_hash
@@ -291,7 +291,7 @@ def run(cfg: DictConfig) -> Path:
     """Train what ``cfg.train`` describes, measure it, and write all of it to
     ``paths.outputs/minisd``.
     """
-    from lab.runner.experiment import relative
+    from lab.runner.batch import relative
 
     if cfg.get("train") is None:
         fix = "nothing to train is described: `python run.py experiment=train_minisd`."

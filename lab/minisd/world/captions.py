@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lab.minisd.world.dice import Dice
-from lab.minisd.world.vocabulary import PHOTO, style, thing
+from lab.minisd.world.vocabulary import PHOTO, STYLE, THING
 
 By = Literal["name", "description", "both"]
 
@@ -58,12 +58,12 @@ def article(words: str) -> str:
 
 def noun(name: str, count: int = 1) -> str:
     """Return "a fox" or "two foxes"."""
-    return article(thing(name).name) if count == 1 else f"two {thing(name).plural}"
+    return article(THING[name].name) if count == 1 else f"two {THING[name].plural}"
 
 
 def class_noun(name: str) -> str:
     """Return the class word of an object with its article: "an animal"."""
-    return article(thing(name).category)
+    return article(THING[name].category)
 
 
 def fill(
@@ -74,7 +74,7 @@ def fill(
     """
     if style_name == PHOTO:
         return template.format(it=it, place=place)
-    texts = style(style_name).descriptions
+    texts = STYLE[style_name].descriptions
     words = {"style": style_name, "description": texts[description % len(texts)]}
     return template.format(it=it, a_style=article(style_name), place=place, **words)
 
@@ -88,7 +88,7 @@ def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...
     """
     if style_name == PHOTO:
         return tuple(fill(t, it) for t in PHOTO_TEMPLATES)
-    number = len(style(style_name).descriptions) if by != "name" else 1
+    number = len(STYLE[style_name].descriptions) if by != "name" else 1
     return tuple(fill(t, it, style_name, d) for d in range(number) for t in STYLE_TEMPLATES[by])
 
 
@@ -113,4 +113,4 @@ def draw(objects: tuple[str, ...], style_name: str, place: str, dice: Dice) -> s
         "description" if share < _DESCRIBED else "both" if share < _DESCRIBED + _BOTH else "name"
     )
     template = BARE_TEMPLATES[by] if dice.chance(_BARE_SHARE) else dice.pick(STYLE_TEMPLATES[by])
-    return fill(template, it, style_name, int(dice.uniform(0, len(style(style_name).descriptions))))
+    return fill(template, it, style_name, int(dice.uniform(0, len(STYLE[style_name].descriptions))))

@@ -142,13 +142,9 @@ def catalog() -> tuple[Emoji, ...]:
 
 
 @cache
-def _by_name() -> dict[str, Emoji]:
+def by_name() -> dict[str, Emoji]:
+    """Return every image of a thing by its Unicode name, in lower case."""
     return {emoji.name: emoji for emoji in catalog()}
-
-
-def find(name: str) -> Emoji:
-    """Return the image with the Unicode name ``name``, in lower case."""
-    return _by_name()[name]
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ from PIL import Image
 from lab.minisd.world import openmoji
 from lab.minisd.world.dice import Dice, Field
 from lab.minisd.world.styles import SIZE, blur, smooth_noise
-from lab.minisd.world.vocabulary import PHOTO, style, thing
+from lab.minisd.world.vocabulary import PHOTO, STYLE, THING
 
 Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
 _SPRITE = 112  # pixels at which artwork is rasterised before it is shrunk into its pose
@@ -33,7 +33,7 @@ class Pose:
 @cache
 def _sprite(name: str) -> Image.Image:
     """The artwork, cropped to what is drawn, premultiplied so that resizing leaves no fringe."""
-    picture = openmoji.rasterise(openmoji.find(thing(name).emoji).hexcode, _SPRITE)
+    picture = openmoji.rasterise(openmoji.by_name()[THING[name].emoji].hexcode, _SPRITE)
     return picture.crop(picture.getbbox()).convert("RGBa")
 
 
@@ -162,7 +162,7 @@ def compose(
             rgb = rgb * (1 - 0.45 * _shadow(cover) * (1 - cover))[..., None]
         rgb = rgb * (1 - cover[..., None]) + colour
         mask = np.maximum(mask, cover)
-    paint = _light if style_name == PHOTO else style(style_name).paint
+    paint = _light if style_name == PHOTO else STYLE[style_name].paint
     rgb = paint(rgb, mask, dice)
     return np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
 

@@ -139,22 +139,12 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
     for j, s in enumerate(STYLE_NAMES)
     if (i + 3 * j) % 10 == 0
 )
-_THING = {t.name: t for t in THINGS}
-_STYLE = {s.name: s for s in STYLES}
+THING: dict[str, Thing] = {t.name: t for t in THINGS}
+STYLE: dict[str, Style] = {s.name: s for s in STYLES}  # `PHOTO` is none
 # what a concept may be used for: test, validation, rehearsal; others have no entry
 ROLES: dict[str, str] = {
     name.strip(): role for role, names in _ROLES.items() for name in names.split(",")
 }
-
-
-def thing(name: str) -> Thing:
-    """Return the object called ``name``."""
-    return _THING[name]
-
-
-def style(name: str) -> Style:
-    """Return the style called ``name`` (`PHOTO` is none)."""
-    return _STYLE[name]
 
 
 def members(category: str) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from attacks.search import RateSearch, Scores
+from attacks.search import RateSearch, Trials
 
 
 def best_of(trial: Callable[[float], float], trials: int) -> float:
     """Return the exponent that a search chooses."""
-    scores: Scores = []
+    scores: Trials = []
     for _ in range(trials):
         search = RateSearch(scores)
         exponent = search.propose()

@@ -19,12 +19,12 @@ from immunize.merge.build import (
     record_inputs,
     regularizer_rows,
     scope_names,
-    word_positions,
 )
 from immunize.merge.closed_form import Merge, MergeAccumulator, factorize
 from immunize.merge.learned import LearnedWeights, learn
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import generator
+from lab.models.diffusion import word_positions
 
 DRAW = partial(torch.randn, generator=generator(0, "merge"), dtype=torch.float64)
 OUT, D = 7, 12

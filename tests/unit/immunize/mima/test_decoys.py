@@ -8,7 +8,7 @@ from mima_examples import case, model, preset, with_targets
 from mima_examples import objective as deep_objective
 
 from immunize.gradients import gradient_at
-from immunize.mima.sampling import Decoys, Pool, split_concept
+from immunize.mima.sampling import Pool, split_concept
 from lab.core.data import CaptionedImages, Sampling
 
 ALONE = {
@@ -28,7 +28,7 @@ def objective(**changes):
 
 def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
     concept = case().targets[0]
-    found = split_concept(model(), concept, 3, torch.float32, Decoys(3, 5)).decoys
+    found = split_concept(model(), concept, 3, torch.float32, Sampling(count=3, steps=5)).decoys
     prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(3))
     images = model().generate(
         prompts, model().latents(3, 3, "mima", "decoys", concept.name), Sampling(steps=5)

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lab.core.seeding import generator
 from lab.minisd.train.networks import Schedule, Widths, build_vae
-from lab.minisd.train.quality import _Judged, generation_rates, lowest, shares
+from lab.minisd.train.quality import _Scored, generation_rates, lowest, shares
 from lab.minisd.train.scorers import (
     DETECTED,
     NAMES,
@@ -290,12 +290,12 @@ def test_error_rates_on_generations_by_hand() -> None:
     rates = {n: {"false_positive": 0.3, "false_negative": 0.2} for ns in NAMES.values() for n in ns}
     detector = Detector(_Oracle(_N, _S, 8), *DETECTED.values(), rates=rates)
     doubtful = ["lion", *names[1:]]  # CLIP does not agree about the first image
-    judged = _Judged(
+    scored = _Scored(
         {"object": seen, "style": styles},
         {"object": names, "style": photos},
         {"object": doubtful, "style": photos},
     )
-    found = generation_rates(detector, [judged])
+    found = generation_rates(detector, [scored])
     assert found["fox"] == pytest.approx({"false_positive": 0.2, "false_negative": 5 / 24})
     assert found["unicorn"] == {"false_positive": 0.0, "false_negative": 0.2}
     assert found["photo"] == {"false_positive": 0.3, "false_negative": 1.0}

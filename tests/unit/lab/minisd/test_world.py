@@ -37,7 +37,7 @@ def test_catalog_names_every_picture_once() -> None:
     emojis = openmoji.catalog()
     assert len(emojis) > 1000
     assert len({e.name for e in emojis}) == len({e.hexcode for e in emojis}) == len(emojis)
-    fox = openmoji.find("fox face")
+    fox = openmoji.by_name()["fox face"]
     assert (fox.hexcode, fox.group, fox.subgroup) == ("1F98A", "animals-nature", "animal-mammal")
 
 

@@ -12,11 +12,10 @@ from lab.core.data import Erasure
 from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.core.types import same_weights
-from lab.models.diffusion import DiffusionModel
+from lab.models.diffusion import DiffusionModel, encoded
 from lab.models.erase import (
     Uce,
     aligned,
-    encoded,
     keys_and_values,
     right_factor,
     rows,

@@ -28,8 +28,8 @@ from lab.minisd.world.vocabulary import (
     HELD_OUT_PAIRS,
     HELD_OUT_STYLES,
     OBJECTS,
+    STYLE,
     STYLE_NAMES,
-    style,
 )
 from lab.scenarios import concept_texts
 from lab.scenarios.world_concepts import Relearn
@@ -138,7 +138,7 @@ def test_a_picture_is_described_by_what_it_shows_and_never_by_the_styles_name() 
                     ][-1:]
                     assert shown in described
                     assert concept.words not in described
-                    assert any(text in described for text in style(concept.name).descriptions)
+                    assert any(text in described for text in STYLE[concept.name].descriptions)
 
 
 @pytest.mark.parametrize("name", [*STYLE_NAMES, *HELD_OUT_STYLES])
@@ -146,7 +146,7 @@ def test_style_prompts(name) -> None:
     found = concept_texts.style_prompts(name, 40, 0)
     assert all(name in p for family in ("name", "reworded") for p in found[family])
     assert not any(name in p for p in found["description"])
-    assert all(any(d in p for d in style(name).descriptions) for p in found["description"])
+    assert all(any(d in p for d in STYLE[name].descriptions) for p in found["description"])
     unseen = [o for o in OBJECTS if (o, name) in HELD_OUT_PAIRS]
     for prompt in found["name"]:
         assert not any(f" {o} " in f" {prompt} " for o in unseen), prompt
