@@ -140,7 +140,7 @@ def by_attack(records: str, method: str, rows: dict[str, str], columns: dict[str
 def target_share(records: str, images: int, rows: dict[str, str], columns: dict[str, str]) -> str:
     """Return a Markdown table of the share of images that show the targets after ``images`` images
     of every attack by itself, in percent: the mean over seeds and targets. A model that is not
-    usable then shows none.
+    usable then shows none, where the attack measured that.
 
     Args:
         records: Folder below ``outputs/records``.
@@ -151,7 +151,9 @@ def target_share(records: str, images: int, rows: dict[str, str], columns: dict[
 
     def cell(method: str, model: str, attack: str) -> str:
         shares = [
-            0 if str(images) in row["unusable_at"].split(", ") else row[f"at_{images:03d}"] or 0
+            0
+            if str(images) in row.get("unusable_at", "").split(", ")
+            else row[f"at_{images:03d}"] or 0
             for row in read(records, method)["tables"]["attacks"]
             if (row["model"], row["attack"], row["role"]) == (model, attack, "harmful")
         ]

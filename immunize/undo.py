@@ -14,6 +14,10 @@ x are samples of the teacher for kept captions and for anchors; no image of a ta
 the model *before* the scenario erases anything. The erasure follows, so that an erased concept that
 is no target can be learned again as from the baseline. With ``keep_text_layers`` keys and values of
 cross-attention stay those of θ_0. Worthless where the model before erasure is public.
+
+At the size of Stable Diffusion v1-4, in float32 on a CPU, 16 × 16 latents and batch 2, a step takes
+212 s on one core, and memory peaks at 17.9 GiB: two U-Nets, gradients and two moments
+(``tests/benchmarks/sd_layout.py``). Not measured on a GPU.
 """
 
 from __future__ import annotations
