@@ -248,6 +248,7 @@ def labels(records: Sequence[Record]) -> list[str]:
         known = [texts[i].keys() for i in rivals.index]
         varied = rivals.loc[:, rivals.nunique() > 1]
         varied = varied[[key for key in varied if all(_has_option(keys, key) for keys in known)]]
+        varied = varied[[key for key in varied if not _follows_scenario(varied, key)]]
         names = short_names(set(varied))
         common = {}
         for key, values in varied.items():
@@ -263,6 +264,14 @@ def labels(records: Sequence[Record]) -> list[str]:
     out = out.where(~out.duplicated(keep=False), out + [f" ({study})" for study in studies])
     hashes = [f" · {r['content_hash'][:7]}" for r in records]  # for the same settings twice
     return list(out.where(~out.duplicated(keep=False), out + hashes))
+
+
+def _follows_scenario(varied: pd.DataFrame, key: str) -> bool:
+    """Return True for an attack's option of sampling that is the scenario's in every record."""
+    scenario = f"scenario.sampling.{key.partition('.sampling.')[2]}"
+    return (
+        key.startswith("attacks.") and scenario in varied and varied[key].equals(varied[scenario])
+    )
 
 
 def _has_option(keys: Collection[str], key: str) -> bool:

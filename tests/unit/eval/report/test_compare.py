@@ -238,6 +238,16 @@ def test_an_ablation_is_labelled_by_what_it_changes():
     ]
 
 
+def test_sampling_of_an_attack_is_named_only_where_it_is_not_the_scenarios():
+    runs = variants({}, {}, {})
+    for run, steps in zip(runs, (1, 2, 2), strict=True):
+        run["config"] |= {"scenario": {"sampling": {"steps": steps}}}
+        run["config"]["attacks"] = {"lora": {"sampling": {"steps": steps}}}
+    assert labels(runs[:2]) == ["kappa · steps=1", "kappa · steps=2"]
+    runs[2]["config"]["attacks"]["lora"]["sampling"]["steps"] = 4
+    assert labels(runs)[2] == "kappa · lora.sampling.steps=4"
+
+
 def test_labels_are_always_different():
     twice = variants({}, {})
     assert len(set(labels(twice))) == 2
