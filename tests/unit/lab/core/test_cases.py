@@ -45,7 +45,7 @@ def case() -> ConceptCase:
         keep=shown(100),
         regularizers=("a fox", "a lion"),
         unrelated=shown(110),
-        sampling=Sampling(steps=2, count=4),
+        sampling=Sampling(steps=2, last_guidance=3.0, count=4),
         erased=(Erasure("mosaic", "mosaic", ("mosaic art",), ("art",), ("a fox",)),),
     )
 
