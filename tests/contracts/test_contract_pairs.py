@@ -8,15 +8,11 @@ from functools import cache
 
 import pytest
 import test_contracts as features
-import test_contracts_diffusion as concepts
 import tiny
 import torch
 from presets import build, problem
-from tiny_diffusion import tiny_case, tiny_diffusion
 
 from lab.core.types import Budget
-
-CONCEPT_ATTACKERS = concepts.choices("attacks")
 
 
 def check(attack, model, task, budget):
@@ -52,43 +48,3 @@ def test_features(name, kind):
         else:  # whitening and Newton's step end alike, but their loss is of the immunized features
             same = attacker in ("probe_newton", "probe_whitening")
             assert values != baseline or same, attacker
-
-
-def concept_pairs():
-    """Immunizers and the attackers of each: a fifth of all pairs, in which every attacker meets
-    several immunizers.
-    """
-    for i, name in enumerate(concepts.choices("immunize")):
-        yield pytest.param(name, CONCEPT_ATTACKERS[i % 5 :: 5], id=name)
-
-
-@pytest.mark.parametrize(("name", "attackers"), concept_pairs())
-def test_concepts(name, attackers):
-    case, model = tiny_case(), tiny_diffusion()
-    immunizer = build("immunize", name, "diffusion")
-    after = immunizer(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    for attacker in attackers:
-        attack = build("attacks", attacker, "diffusion")
-        found = check(attack, after, case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2)))
-        assert found.steps == [0, 2], attacker
-
-
-@pytest.mark.parametrize("name", CONCEPT_ATTACKERS)
-def test_a_concept_attack_moves_what_it_declares_and_the_store_gives_it_back(name, tmp_path):
-    case, model, copied = tiny_case(), tiny_diffusion(), tiny_diffusion()
-    given = tiny_diffusion()
-    given.copy = lambda: copied  # the attack trains this one
-    task, budget = case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2))
-    found = build("attacks", name, "diffusion")(given, task, seed=0, budget=budget, checkpoint=None)
-    changed = features.moved(model, copied)
-    adapters = {k for k in changed if ".lora_" in k}
-    own = {k for k in changed - adapters if k in model.state_dict()}
-    assert own <= {k for k in found.weights if k.startswith("unet.")}
-    saved = {
-        k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters
-    }
-    assert saved <= found.weights.keys() or name == "curriculum"
-    adds_only = ("textual_inversion", "controlnet", "ip_adapter")
-    adds = (name.startswith("lora") and name != "lora_canonical") or name in adds_only
-    assert bool(own) != adds
-    features.check_round_trip(found, name, model, case, task, tmp_path, budget)
