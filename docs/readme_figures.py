@@ -39,6 +39,7 @@ METHODS = {  # label → record
     "MIMA, a third of the step": "mima_lr_1e-4",
     "MIMA, as released": "mima_released",
     "compose": "compose",
+    "undo": "undo",
     "IMMA": "imma",
     "another seed (control)": "other_seed",
     "weight noise (control)": "weight_noise",
