@@ -15,7 +15,7 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 from lab.core.data import Sampling
 from lab.core.types import Attacker, Budget, Eraser, Immunizer, same_weights
 
-BUDGET = Budget(horizon=2, multiple=1, at=(0, 2))
+BUDGET = Budget(horizon=2, multiple=1, at=(0, 1, 2))
 
 
 def choices(group):
@@ -62,13 +62,13 @@ def attacked(name, model, task):
         "the input model was changed"
     )
     assert found.status == "ok", name
-    assert found.steps == [0, 2], name
+    assert found.steps == [0, 1, 2], name
     assert {"train_loss", "test_loss"} <= set(found.values), name
-    assert all(len(v) == 2 for v in found.values.values()), name
+    assert all(len(v) == 3 for v in found.values.values()), name
     assert found.weights, name
     for pictures in found.samples.values():
         assert pictures.dtype == torch.uint8
-        assert pictures.shape == (2, 2, 3, model.image_size, model.image_size)
+        assert pictures.shape == (3, 2, 3, model.image_size, model.image_size)
     return found
 
 
