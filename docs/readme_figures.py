@@ -110,10 +110,8 @@ def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
     for label, method in rows.items():
         stored = read(records, method)
         metrics = stored["metrics"]
-        counted = "usable_" if "asr_usable" in metrics else ""
-        names = [f"benign_steps_{counted}ratio_worst", f"steps_to_relearn_{counted}ratio_worst"]
-        names += ["utility_detection_drop"] if "utility_detection_drop" in metrics else []
-        sides = [metrics[name] for name in names]
+        names = ("benign_steps_usable_ratio_worst", "steps_to_relearn_usable_ratio_worst")
+        sides = [metrics[name] for name in (*names, "utility_detection_drop")]
         points[label] = [{part: side[part] for part in ("value", "low", "high")} for side in sides]
         limits = stored["config"]["eval"]["concept_verdict"]
     required = [limits["max_benign_steps_ratio"], limits["min_worst_steps_ratio"]]
@@ -131,9 +129,9 @@ def draw_slowdowns(values: dict[str, Any]) -> Figure:
     fig = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = fig.add_subplot()
     colors = ScalarMappable(Normalize(0, 100 * limits[2]), "YlOrRd")
-    for i, (label, (x, y, *drop)) in enumerate(values["points"].items()):
+    for i, (label, (x, y, drop)) in enumerate(values["points"].items()):
         errors = [[[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in (y, x)]
-        color = colors.to_rgba(100 * drop[0]["value"]) if drop else "lightgray"
+        color = colors.to_rgba(100 * drop["value"])
         style: Any = {"fmt": "os^DvPX*hp<>"[i % 12], "label": label, "zorder": 3 + i}
         style |= {"color": color, "markeredgecolor": "black", "ecolor": "gray"}
         style |= (
