@@ -5,13 +5,14 @@ A page marks a figure by two comments, inside a sentence or around a table::
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
 ``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack`,
-`target_share`, `median` or `correlation`.
+`target_share`, `median`, `correlation` or `step_times`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
 page and its records differ. Fenced blocks are left alone.
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
 import functools
 import re
@@ -201,18 +202,40 @@ def correlation(records: str, x: str, y: str) -> str:
     return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
 
 
+def step_times() -> str:
+    """Return a Markdown table of ``tests/benchmarks/kappa_step.csv``: milliseconds per step, in
+    brackets those of the straightforward loop, and the exponent of the time in the dimension
+    between the largest two.
+    """
+    with (ROOT / "tests/benchmarks/kappa_step.csv").open(newline="") as file:
+        times = {(int(r["rows"]), int(r["dimensions"])): r for r in csv.DictReader(file)}
+    dimensions = sorted({d for _, d in times})
+    lines = [["Rows of a batch", *(f"d = {d:,}" for d in dimensions), "exponent"]]
+    for rows in sorted({rows for rows, _ in times}):
+        each = [times[rows, d] for d in dimensions]
+        cells = [
+            t["thin_ms"] + (f" ({t['straightforward_ms']})" if t["straightforward_ms"] else "")
+            for t in each
+        ]
+        before, last = (float(t["thin_ms"]) for t in each[-2:])
+        exponent = np.log(last / before) / np.log(dimensions[-1] / dimensions[-2])
+        lines.append([f"{rows:,}", *cells, f"{exponent:.2f}"])
+    return markdown(lines)
+
+
 def markdown(lines: list[list[str]]) -> str:
     """Return a Markdown table; the first line is its head."""
     head, *body = (f"|{'|'.join(line)}|" for line in lines)
     return "\n".join(["\n", head, "|---" * len(lines[0]) + "|", *body, "\n"])
 
 
+FUNCTIONS = (score, table, grid, by_attack, target_share, median, correlation, step_times)
+
+
 def render(text: str) -> str:
     """Return the text of a page with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
-    names = {
-        f.__name__: f for f in (score, table, grid, by_attack, target_share, median, correlation)
-    }
+    names = {f.__name__: f for f in FUNCTIONS}
 
     def replace(match: re.Match[str]) -> str:
         if match["expression"] is None:

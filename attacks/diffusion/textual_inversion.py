@@ -1,4 +1,6 @@
-"""Textual inversion (arXiv 2208.01618): one new word, every weight of the model stays."""
+"""Textual inversion (arXiv 2208.01618): one new word, every weight of the model stays. With
+``nearest`` it is a search for a prompt of existing words (PEZ, arXiv 2302.03668).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from typing import Literal
 
 from attacks.diffusion.attack import ConceptAttack, Moving
 from attacks.diffusion.tokens import LearnedToken, initial_text, token_names
-from lab.core.config import Count, NonNegative, Positive, Prompt, config
+from lab.core.config import Count, Flag, NonNegative, Positive, Prompt, config
 from lab.core.data import Concept
 from lab.models.diffusion import DiffusionModel
 
@@ -19,6 +21,8 @@ class TextualInversion(ConceptAttack):
         vectors: embeddings that the token stands for.
         initializer: where they start: ``auto`` (the class noun) | ``words`` (the concept's own
             words) | any text.
+        nearest: whether every embedding acts as the nearest one of the vocabulary; the record then
+            has ``found_words``.
 
     Raises:
         UserError: when called, a token that the tokenizer knows.
@@ -30,6 +34,7 @@ class TextualInversion(ConceptAttack):
     token: Prompt = "<concept>"
     vectors: Count = 1
     initializer: Prompt = "auto"
+    nearest: Flag = False
 
     def expression(self, task: Concept) -> str:
         return self.learned_words()
@@ -39,6 +44,15 @@ class TextualInversion(ConceptAttack):
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         start = initial_text(self.initializer, task)
-        new = LearnedToken(self.key, model, self.token, self.vectors, start)
+        new = LearnedToken(self.key, model, self.token, self.vectors, start, self.nearest)
         info = {"vectors": self.vectors, "initial_text": start}
-        return Moving(new.weights(), close=new.close, text=True, info=info)
+        if self.nearest:
+            info["found_words"] = new.found
+        (name,) = new.weights()
+        return Moving(
+            new.weights(),
+            lambda _: {name: new.current()},
+            close=new.close,
+            text=True,
+            info=info,
+        )

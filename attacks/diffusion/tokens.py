@@ -8,6 +8,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.core.data import Concept
@@ -44,6 +45,8 @@ class LearnedToken:
         token: a word that the tokenizer does not know yet.
         vectors: embeddings it stands for, ≥ 1.
         like: text whose mean embedding every row starts from.
+        nearest: whether every row acts as the row of the vocabulary that has the largest cosine to
+            it, as gradients pass straight through (arXiv 2302.03668). ``found`` names these.
 
     Raises:
         UserError: a model with two text encoders, or a token that is known already or is split by
@@ -51,7 +54,13 @@ class LearnedToken:
     """
 
     def __init__(
-        self, key: str, model: DiffusionModel, token: str, vectors: int, like: str
+        self,
+        key: str,
+        model: DiffusionModel,
+        token: str,
+        vectors: int,
+        like: str,
+        nearest: bool = False,
     ) -> None:
         if model.xl:
             raise UserError(
@@ -77,6 +86,10 @@ class LearnedToken:
             reason = "the tokenizer splits this word; use small letters in <>, e.g. <new1>."
         if reason:
             raise UserError(f"{key}.token", token, reason)
+        special = set(tokenizer.all_special_ids)
+        self.vocabulary = [i for i in range(size) if i not in special] if nearest else []
+        self.found: list[str] = []  # words that the rows act as
+        self.table, self.tokenizer = old[self.vocabulary], tokenizer
         model.tokenizers[0] = tokenizer
         rows = old[like_ids].mean(0).repeat(vectors, 1).clone()
         with torch.random.fork_rng(devices=[]):  # transformers draws rows from the global stream
@@ -86,14 +99,23 @@ class LearnedToken:
         self._write()
         self.hook = self.layer.register_forward_hook(self._replace)
 
+    def current(self) -> Tensor:
+        """Return what the rows act as."""
+        if not self.vocabulary:
+            return self.rows
+        cosines = F.normalize(self.rows.detach(), dim=1) @ F.normalize(self.table, dim=1).T
+        best = cosines.argmax(1)
+        self.found[:] = self.tokenizer.convert_ids_to_tokens([self.vocabulary[i] for i in best])
+        return self.rows + (self.table[best] - self.rows).detach()
+
     def _replace(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        for row, index in zip(self.rows, self.ids, strict=True):
+        for row, index in zip(self.current(), self.ids, strict=True):
             output = torch.where((args[0] == index)[..., None], row.to(output.dtype), output)
         return output
 
     @torch.no_grad()
     def _write(self) -> None:
-        self.layer.weight[self.ids] = self.rows.to(self.layer.weight)
+        self.layer.weight[self.ids] = self.current().to(self.layer.weight)
 
     def close(self) -> None:
         """Put the rows into the embedding layer."""

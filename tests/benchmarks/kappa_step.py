@@ -5,15 +5,15 @@ and threads. The straightforward loop is written from the formulas: autograd thr
 ``eigvalsh``, then a solve with K + ρI, every step. Exits with code 1 if iterates differ by more
 than 1e-8 after ten steps or the ratio of medians is below 20.
 
-``--scaling`` prints seconds per step for random features of 100 to 10,000 dimensions and batches of
-16 to 1,024 rows, which bound the rank, the straightforward loop beside it up to 1,000 dimensions,
-and the exponent of the time in the dimension.
+``--scaling`` writes ``kappa_step.csv`` beside this file: milliseconds per step for random features
+of 100 to 10,000 dimensions and batches of 16 to 1,024 rows, which bound the rank, and those of the
+straightforward loop up to 1,000 dimensions.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import csv
 import statistics
 import sys
 import time
@@ -120,19 +120,17 @@ def random_case(rows: int, dims: int) -> Case:
     return Case("random", task("benign", "benign"), (task("harmful", "harmful"),))
 
 
-def scaling(steps: int) -> None:
-    """Print a Markdown table of milliseconds per step."""
-    dims, batches = (100, 300, 1000, 3000, 10000), (16, 64, 256, 1024)
-    print("|rows of a batch|" + "|".join(f"d = {d}" for d in dims) + "|exponent|")
-    print("|---" * (len(dims) + 2) + "|")
-    for batch in batches:
-        cells, largest = [], []
-        for d in dims:
-            ours, theirs = seconds(random_case(batch, d), batch, steps, d <= 1000)
-            cells.append(f"{1e3 * ours:.3g}" + (f" ({1e3 * theirs:.3g})" if theirs else ""))
-            largest.append(ours)
-        exponent = math.log(largest[-1] / largest[-3]) / math.log(dims[-1] / dims[-3])
-        print(f"|{batch}|" + "|".join(cells) + f"|{exponent:.2f}|", flush=True)
+def scaling(steps: int, path: Path) -> None:
+    """Write milliseconds per step, a line for each number of rows and of dimensions."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["rows", "dimensions", "thin_ms", "straightforward_ms"])
+        for rows in (16, 64, 256, 1024):
+            for dims in (100, 300, 1000, 3000, 10000):
+                ours, theirs = seconds(random_case(rows, dims), rows, steps, dims <= 1000)
+                line = [rows, dims, f"{1e3 * ours:.3g}", f"{1e3 * theirs:.3g}" if theirs else ""]
+                table.writerow(line)
+                print(*line, flush=True)
 
 
 def seconds(case: Case, batch: int, steps: int, straightforward: bool) -> tuple[float, float]:
@@ -160,7 +158,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.scaling:
-        scaling(options.steps)
+        scaling(options.steps, Path(__file__).with_suffix(".csv"))
         return 0
     ours, theirs, difference, moved = compare(digit_case(3, 8), options.steps)
     ratio = statistics.median(theirs) / statistics.median(ours)

@@ -93,7 +93,7 @@ def test_attacker(name, case, tmp_path):
         k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters
     }
     assert saved <= found.weights.keys() or name == "curriculum"
-    adds_only = ("textual_inversion", "controlnet", "ip_adapter")
+    adds_only = ("textual_inversion", "prompt_search", "controlnet", "ip_adapter")
     adds = (name.startswith("lora") and name != "lora_canonical") or name in adds_only
     assert bool(own) != adds
     check_round_trip(found, name, model, case, task, tmp_path, BUDGET)

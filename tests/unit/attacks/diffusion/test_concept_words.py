@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,23 @@ def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> 
     for token in ("<new1>", "fox", "fox</w>"):
         with pytest.raises(UserError, match=r"attacks\.x\.token"):
             LearnedToken("attacks.x", net, token, 1, "fox")
+
+
+def test_a_searched_word_acts_as_the_nearest_one_and_learns_from_its_gradient() -> None:
+    net = model().copy()
+    encoder: Any = net.text_encoders[0]
+    table = encoder.get_input_embeddings().weight.detach().clone()
+    word = LearnedToken("attacks.x", net, "<new1>", 2, "fox", nearest=True)
+    ids = net.tokenizers[0]("mosaic neon", add_special_tokens=False).input_ids[:2]
+    with torch.no_grad():  # longer rows: the cosine counts, not the distance
+        word.rows.copy_(3 * table[ids] + 0.001)
+    embedded = encoder.get_input_embeddings()(torch.tensor(word.ids))
+    assert torch.allclose(embedded, table[ids])
+    assert word.found == net.tokenizers[0].convert_ids_to_tokens(ids)
+    embedded.sum().backward()
+    assert (word.rows.grad == 1).all()
+    word.close()
+    assert torch.allclose(encoder.get_input_embeddings().weight[word.ids], table[ids])
 
 
 @pytest.mark.parametrize("kind", ["custom_diffusion", "textual_inversion"])
