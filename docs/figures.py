@@ -6,8 +6,9 @@ A page marks a figure by two comments, inside a sentence or around a table::
 
 ``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack`,
 `target_share`, `median`, `correlation` or `step_times`.
-``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
-page and its records differ. Fenced blocks are left alone.
+``python docs/figures.py`` replaces every ``TEXT`` and draws the figures of the README
+(`readme_figures`). ``--check`` changes nothing and fails where a page and its records differ.
+Fenced blocks are left alone.
 """
 
 from __future__ import annotations
@@ -247,7 +248,9 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite every page, or check it with ``--check``; print what changes as a diff."""
+    """Rewrite every page and draw the figures of the README, or check both with ``--check``; print
+    what changes as a diff.
+    """
     check = "--check" in sys.argv
     code = 0
     for page in PAGES:
@@ -259,7 +262,9 @@ def main() -> int:
             sys.stdout.writelines(difflib.unified_diff(*lines, str(page), str(page), n=0))
             if not check:
                 page.write_text(new, encoding="utf-8")
-    return code
+    import readme_figures  # which imports this module
+
+    return max(code, readme_figures.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The project from Python: the four functions that the command line calls too.
+"""The project from Python: four functions that do what the command line does.
 
 from lab.api import audit, compare, leaderboard, run
 
@@ -20,13 +20,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from eval.report import compare as comparing
 from eval.report import leaderboard as ranking
+from eval.report.compare import compare_all
 from eval.report.words import UNMEASURED
 from lab.cli.actions import act
 from lab.cli.arguments import register_resolvers, rewrite
 from lab.core import record as records
-from lab.core.errors import UserError
 from lab.core.record import Record
 from lab.core.sources import ROOT
 
@@ -86,16 +85,7 @@ def compare(of: Records) -> pd.DataFrame:
     Raises:
         UserError: fewer than two records, or two that cannot be compared.
     """
-    loaded = load(of)
-    if len(loaded) < 2:
-        fix = "compare needs two or more: records=[A.json,B.json]."
-        raise UserError("records", f"{len(loaded)} records", fix)
-    if len(loaded) > 2:
-        return comparing.compare_many(loaded[0], loaded[1:])
-    result = comparing.compare(*loaded)
-    table = pd.DataFrame(result["metrics"]).set_index("name")
-    table.attrs = result
-    return table
+    return compare_all(load(of))
 
 
 def leaderboard(of: Records) -> pd.DataFrame:

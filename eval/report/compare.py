@@ -125,6 +125,23 @@ def compare_many(reference: Record, others: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def compare_all(records: Sequence[Record]) -> pd.DataFrame:
+    """Compare two records, or each of several with the first; see `lab.api.compare`.
+
+    Raises:
+        UserError: fewer than two records; see `compare`.
+    """
+    if len(records) < 2:
+        fix = "compare needs two or more: records=[A.json,B.json]."
+        raise UserError("records", f"{len(records)} records", fix)
+    if len(records) > 2:
+        return compare_many(records[0], records[1:])
+    result = compare(*records)
+    table = pd.DataFrame(result["metrics"]).set_index("name")
+    table.attrs = result
+    return table
+
+
 # ---- text
 
 _HOLM = (

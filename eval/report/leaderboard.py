@@ -113,6 +113,7 @@ _HEAD = (
     "seeds",
 )
 REFERENCE = "retrained"  # conf/immunize/retrained.yaml: the model that never saw the targets
+CONTROLS = (REFERENCE, "other_seed", "weight_noise", "reparam")  # they compete with no method
 _BASELINE: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
 _PARTS = ("value", "low", "high", "n", "interval")
 
@@ -282,7 +283,8 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
         metrics, names = row.record["metrics"], key_figures(row.record)
         mark = MARKS[row.outcome.tone] if row.outcome.label in TONES else ""
         diverged = " (partly diverged)" if metrics and row.record["status"] == "diverged" else ""
-        line = {"#": str(row.rank or ""), "method": row.label}
+        line = {"#": str(row.rank or "")} if len(rows) > 1 else {}
+        line["method"] = row.label
         line["verdict"] = f"{mark} {row.outcome.label}{diverged}".strip()
         line["checks"] = "{} of {}".format(*row.checks) if row.checks[1] else UNMEASURED
         line |= {column: measured(metrics.get(name), name) for column, name in names.items()}
@@ -340,46 +342,49 @@ def least_share(record: Record, reference: Record) -> str:
     if not found:
         return ""
     name = min(found, key=lambda key: found[key])
-    return f"{found[name]:.2f} ({name})"
+    return f"{found[name]:.2f} ({name})".replace("-", "−", 1)
 
 
 def headline(group: Sequence[Row]) -> Outcome:
-    """Return who wins a group, by which margin and how surely; of one method its own outcome."""
+    """Return which method of a group comes first, by which margin and whether that is significant;
+    of one method its own outcome.
+    """
     ranked = [row for row in group if row.rank is not None]
-    # the reference competes with nothing but itself
-    ranked = [row for row in ranked if row.record["immunizer"] != REFERENCE] or ranked
+    ranked = [row for row in ranked if row.record["immunizer"] not in CONTROLS] or ranked
     first, *others = ranked or group
     if len(ranked) < 2:
         return first.outcome
+    column, name = slowdown_of(first.record)
+    metric, details = first.record["metrics"].get(name), first.outcome.details
+    certain = ""
+    if first.value(name) is not None:
+        details = [certainty(metric, 1.0)]
+        if others[0].value(name) is not None:
+            margin, certain = _margin(name, first, others[0])
+            details.append(f"Margin over {others[0].label}: {margin}.")
     passing = sum(row.outcome.label == "passes" for row in ranked)
     text = f"No verdict: of {len(ranked)} methods {first.label} comes first"
     if passing:
-        few = len(first.record["seeds"]) < 3  # no claim about other seeds
-        text = f"{first.label} {'comes first' if few else 'wins'}: "
+        text = f"{first.label} {'wins' if certain == 'significant' else 'comes first'}: "
         text += f"{passing} of {len(ranked)} methods pass"
     elif first.checks[1]:
         text = f"No method passes: of {len(ranked)} methods the closest is {first.label}, "
         text += "{} of {} checks".format(*first.checks)
-    column, name = slowdown_of(first.record)
-    metric, details = first.record["metrics"].get(name), first.outcome.details
     if first.value(name) is not None:
         text += f"; {column} {measured(metric, name)}"
-        details = [certainty(metric, 1.0), *_margin(name, first, others[0])]
     return replace(first.outcome, headline=f"{text}.", details=details)
 
 
-def _margin(name: str, first: Row, second: Row) -> list[str]:
-    """Return by how much the first method is ahead of the second, and how surely."""
+def _margin(name: str, first: Row, second: Row) -> tuple[str, str]:
+    """Return by how much the first method is ahead of the second, and whether it is significant."""
     better, worse = (row.record["metrics"].get(name) for row in (first, second))
-    if second.value(name) is None:
-        return []
     gap = difference(name, second.record, first.record)
-    sure = "significant" if gap["significant"] else "not significant"
+    certain = "significant" if gap["significant"] else "not significant"
     limits = (worse.get("bound"), better.get("bound"))
     if any(limits) and not (limits == (None, "lower") and gap["difference"] > 0):
-        sure = "undetermined, as a figure is a limit"
+        certain = "undetermined, as a figure is a limit"
     text = measured({"value": gap["difference"], "unit": worse["unit"]} | gap)
-    return [f"Margin over {second.label}: {text}, {sure} ({gap['how']})."]
+    return f"{text}, {certain} ({gap['how']})", certain
 
 
 # ---- text and pages
@@ -452,5 +457,5 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
         blocks.append({"picture": title, "note": note} | picture)
     if len(rows) > 1:
         frame["method"] = frame["#"].replace(r"(.+)", r"\1. ", regex=True) + frame["method"]
-    shown = frame.drop(columns=["#", "checks", "seeds"], errors="ignore")
+    shown = frame[frame.columns.intersection(["method", "verdict", *keys])]
     return [*blocks, {"table": shown, "label": f"Leaderboard {rows[0].title}"}]

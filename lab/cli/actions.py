@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pkgutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,6 +64,8 @@ def _act(cfg: DictConfig, folder: Path) -> int:
         raise UserError("dry_run", True, f"plans action={' | '.join(PLANNED)} only.")
     _apply_limits(cfg)
     cfg.records = [cfg.records] if isinstance(cfg.records, str) else cfg.records
+    if cfg.action in ("run", "audit"):  # before imports that take seconds
+        logging.getLogger("progress").info("loading packages, data and models …")
     is_helper = OmegaConf.select(cfg, "launch.machine_rank")  # the first machine answers for all
     with claim(folder) if is_run(cfg) and not is_helper else nullcontext():
         function = pkgutil.resolve_name(ACTIONS[cfg.action])

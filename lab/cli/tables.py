@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from eval.report import compare as comparing
 from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_csv, to_markdown, to_text
-from lab import api
 from lab.core import record as records
 from lab.core.errors import UserErrors
 from lab.core.hashing import write_atomically
@@ -65,8 +64,8 @@ def write_comparison(cfg: DictConfig) -> None:
     the first.
     """
     paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
-    loaded = api.load(paths)
-    result = api.compare(loaded)
+    loaded = [records.read(path) for path in paths]
+    result = comparing.compare_all(loaded)
     out = Path(cfg.paths.outputs) / "comparison.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     if len(loaded) > 2:

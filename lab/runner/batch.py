@@ -153,9 +153,12 @@ def discard(folder: Path) -> None:
             if getattr(handler, "baseFilename", None) == os.path.abspath(folder / "run.log"):
                 logging.root.removeHandler(handler)
         shutil.rmtree(folder)
-        if not relative(folder).is_absolute():
-            with suppress(OSError):  # one of them holds other runs
+        with suppress(OSError):  # one of them holds other runs
+            if not relative(folder).is_absolute():
                 os.removedirs(relative(folder).parent)
+            else:  # the study's folder and the one of all runs; those above may be the user's
+                for parent in (folder.parent, folder.parent.parent):
+                    parent.rmdir()
 
 
 def is_claimed(folder: Path) -> bool:

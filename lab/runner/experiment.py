@@ -135,8 +135,6 @@ class Run:
         self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
         self.current: Cell | None = None  # what this process computes
         self.failed_parts: set[str] = set()  # config keys of what failed in this process
-        if self.executor.is_main:
-            progress_log.info("loading data and models …")
         self.pipeline = build_pipeline(cfg)
         self.plan = StagePlan(cfg, self.pipeline, self.applicable_metrics())
 

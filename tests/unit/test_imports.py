@@ -15,6 +15,7 @@ LAYERS = (
     ("lab.runner",),
     ("lab.minisd.train", "lab.release", "lab.cluster"),
     ("lab.cli",),
+    ("lab.api",),
     ("run",),
 )
 FILES = {
