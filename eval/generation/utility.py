@@ -27,7 +27,7 @@ from eval.generation.scoring import (
     text_vectors,
     unit_vectors,
 )
-from eval.stats.aggregate import baseline_suffix, better_of, walk
+from eval.stats.aggregate import baseline_suffix, walk
 from eval.stats.intervals import SHARE, UNBOUNDED, Better, Unit, columns, score_units
 from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompts, Text, config
 from lab.core.data import ConceptCase, Sampling
@@ -36,7 +36,7 @@ from lab.core.hashing import digest, model_settings, stage_key
 from lab.core.sources import source_hash
 from lab.core.types import RunView, Score, Scores
 from lab.models.diffusion import DiffusionModel
-from lab.scorers.features import frechet_distance
+from lab.scorers.features import frechet_distance, kernel_distance
 
 HEADS = ("object", "style")
 COSTS = ("_drift", "_drop")  # quantities that are better when lower
@@ -63,7 +63,7 @@ class Utility(ImageMetric):
     resample draws prompts.
     ``utility_frechet``, ``utility_frechet_baseline``: Fréchet distance of features to the reference
     images (biased upwards by few images, alike in both models, so no interval is given: compare the
-    two).
+    two). ``utility_kernel``, ``utility_kernel_baseline``: their kernel distance (unbiased).
 
     Further settings add suffixes to drift, CLIP-T, detection and agreement: ``_guidance_S`` for
     another guidance scale, ``_negative`` for a negative prompt, ``_compositions`` for prompts
@@ -78,7 +78,7 @@ class Utility(ImageMetric):
         negative: a negative prompt, or "" for none.
         compositions: prompts, e.g. an object in a style that training never showed.
         features: score with the feature network too (``utility_feature_drift``,
-            ``utility_frechet``).
+            ``utility_frechet``, ``utility_kernel``).
     """
 
     needs_models: ClassVar[int] = 2
@@ -161,18 +161,21 @@ class Utility(ImageMetric):
         for model, vectors in clip.items():
             rows[f"clip_t{baseline_suffix(model)}"] = (vectors * texts).sum(1)
         rows |= self._detections(images, setting, prompts)
-        frechet: dict[str, float] = {}
+        distances: dict[str, float] = {}
         if self.features and setting.suffix == "" and setting.images is not None:
             features = {m: encode(self.scorers, "features", x) for m, x in images.items()}
             left, right = (F.normalize(v, dim=1) for v in features.values())
             rows["feature_drift"] = 1 - (left * right).sum(1)
             real = encode(self.scorers, "features", setting.images)
-            frechet = {model: frechet_distance(v, real) for model, v in features.items()}
+            for model, vectors in features.items():
+                end = baseline_suffix(model)
+                distances[f"frechet{end}"] = frechet_distance(vectors, real)
+                distances[f"kernel{end}"] = kernel_distance(vectors, real)
         values = pd.DataFrame({name: row.double().cpu().numpy() for name, row in rows.items()})
         for base in ("clip_t", "detection", *HEADS):
             if base in values:
                 values[f"{base}_drop"] = values[f"{base}_baseline"] - values[base]
-        return CaseUtility(seed, case, values.groupby(prompts, sort=False).mean(), frechet)
+        return CaseUtility(seed, case, values.groupby(prompts, sort=False).mean(), distances)
 
     def _detections(
         self, images: dict[str, Tensor], setting: Setting, prompts: Sequence[str]
@@ -209,13 +212,13 @@ class Setting:
 @dataclass(frozen=True)
 class CaseUtility:
     """One case and seed: a row of quantities per prompt, since images of one prompt are no
-    independent evidence on others; Fréchet distance by model.
+    independent evidence on others; distances to the reference images by name.
     """
 
     seed: int
     case: str
     by_prompt: pd.DataFrame
-    frechet: dict[str, float]
+    distances: dict[str, float]
 
 
 def utility_scores(cells: Sequence[CaseUtility], suffix: str, note: str | None) -> dict[str, Score]:
@@ -228,12 +231,17 @@ def utility_scores(cells: Sequence[CaseUtility], suffix: str, note: str | None) 
         bounds = BOUNDS.get(base, UNBOUNDED if base.endswith("_drop") else SHARE)
         units = [Unit(c.seed, c.by_prompt[[quantity]].to_numpy(), columns) for c in cells]
         out[f"utility_{base}{suffix}{end}"] = score_units(units, better, note=note, bounds=bounds)
-    distances = pd.DataFrame([c.frechet for c in cells]).groupby([c.seed for c in cells]).mean()
-    for model in distances:
+    distances = pd.DataFrame([c.distances for c in cells]).groupby([c.seed for c in cells]).mean()
+    for quantity in distances:
+        base = quantity.removesuffix("_baseline")
+        end = quantity.removeprefix(base)
         few = "biased upwards by few images; compare with the other model"
-        name = f"utility_frechet{suffix}{baseline_suffix(model)}"
-        value, better = float(distances[model].mean()), better_of(model, "lower")
-        out[name] = Score(value, n=len(distances), better=better, note=few)
+        out[f"utility_{base}{suffix}{end}"] = Score(
+            float(distances[quantity].mean()),
+            n=len(distances),
+            better="neutral" if end else "lower",
+            note=few if base == "frechet" else None,
+        )
     return out
 
 

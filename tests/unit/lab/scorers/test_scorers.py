@@ -18,7 +18,14 @@ from lab.core.seeding import generator
 from lab.scorers import load
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import Detector, DetectorNetwork, NudeNet, corrected_share, load_detector
-from lab.scorers.features import FeatureScorer, Lpips, floor, frechet_distance, map_distance
+from lab.scorers.features import (
+    FeatureScorer,
+    Lpips,
+    floor,
+    frechet_distance,
+    kernel_distance,
+    map_distance,
+)
 from lab.scorers.load import Scorers
 
 OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
@@ -132,6 +139,18 @@ def test_frechet_against_the_definition() -> None:
     oracle = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(cov_a + cov_b - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(oracle, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(oracle, rel=1e-9)
+
+
+def test_kernel_distance_by_hand() -> None:
+    a, b = (torch.randn(n, 5, generator=generator(n), dtype=torch.float64) for n in (7, 9))
+    assert kernel_distance(a, b) == pytest.approx(kernel_distance(b[:7], a), rel=1e-9)
+
+    def mean(x: torch.Tensor, y: torch.Tensor, same: bool) -> float:
+        pairs = [(i, j) for i in range(7) for j in range(7) if not same or i != j]
+        return sum(float(x[i] @ y[j] / 5 + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    by_hand = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert kernel_distance(a, b) == pytest.approx(by_hand, rel=1e-9)
 
 
 def test_frechet_floor_falls_with_more_pictures() -> None:
