@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from eval.report.words import (
     Metric,
@@ -103,35 +103,12 @@ def limit_of(records: Sequence[Record], name: str) -> tuple[str, float] | None:
     return next(((rule, value) for value in values if value is not None), None)
 
 
-def check_word(check: dict[str, Any]) -> str:
-    """Return passes, fails or inconclusive. Records before schema 2.1 do not say it: inconclusive
-    is what was not measured everywhere, and a limit that leaves it open on which side of the
-    threshold the figure lies.
-    """
-    if check["passed"]:
-        return "passes"
-    if check.get("result", "passes") != "passes":
-        return str(check["result"])
-    is_floor = check["required"].startswith(("≥", "interval above"))
-    value = check["low"] if check["required"].startswith("interval") else check["value"]
-    if value is None or check.get("bound") == ("lower" if is_floor else "upper"):
-        return "inconclusive"
-    threshold = float(check["required"].split()[-1])
-    holds = value > threshold if is_floor else value < threshold
-    return "inconclusive" if holds else "fails"
-
-
 def verdict_word(record: Record) -> str:
     """Return passes, fails or inconclusive for an immunized record with figures."""
     verdict = record["metrics"].get("verdict") or {"value": None}
     if verdict["value"] is None or _is_attack_too_weak(record["metrics"]):
         return "inconclusive"
-    word = str(verdict["note"]).partition(".")[0]
-    if word in TONES:  # the rule's own word, which records before schema 2.1 do not have
-        return word
-    words = {check_word(check) for check in record["tables"].get("verdict", [])}
-    is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
-    return "passes" if verdict["value"] else "inconclusive" if is_open else "fails"
+    return str(verdict["note"]).partition(".")[0]
 
 
 def _is_attack_too_weak(metrics: dict[str, Metric]) -> bool:
@@ -219,7 +196,7 @@ def _reasons(record: Record) -> list[str]:
     for check in (check for check in rows if not check["passed"]):
         figure = f"{measured(check)} (required {check['required']})"
         figure = figure if check["value"] is not None else check["note"] or "not measured"
-        out.append(sentence(f"{capitalized(check_word(check))}: {check['check']}: {figure}"))
+        out.append(sentence(f"{capitalized(check['result'])}: {check['check']}: {figure}"))
     return out or [sentence(verdict["note"])]
 
 

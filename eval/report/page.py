@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from eval.report.outcomes import MARKS, TONES, check_word
+from eval.report.outcomes import MARKS, TONES
 from eval.report.words import figure, measured
 
 Block = dict[str, Any]
@@ -43,7 +43,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "check_word": check_word, "measured": measured}
+    environment.filters |= {"cell": _cell, "measured": measured}
     environment.filters["table"] = _table
     environment.globals |= {"marks": MARKS, "tones": {mark: tone for tone, mark in MARKS.items()}}
     environment.globals |= {"word_tones": TONES, "rows_shown": ROWS, "plotted": _PLOTTED}

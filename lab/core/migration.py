@@ -80,9 +80,10 @@ _UNITS = (
 def migrate(record: Record) -> Record:
     """Return ``record`` in the current schema; the input is left untouched.
 
-    Schema 1.x has other names and no ``bound``. Up to 2.0 the models were called ``none`` and by
-    the immunizer's name, since 2.1 ``baseline`` and ``immunized``. Up to 2.1 MiniSD was its first
-    version, whose figures do not compare with those of the second: it is called ``minisd_1``.
+    Schema 1.x has other names, no ``bound`` and no ``result`` of a check. Up to 2.0 the models were
+    called ``none`` and by the immunizer's name, since 2.1 ``baseline`` and ``immunized``. Up to 2.1
+    MiniSD was its first version, whose figures do not compare with those of the second: it is
+    called ``minisd_1``.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
@@ -109,6 +110,11 @@ def _rename_keys(record: Record) -> Record:
     out["tables"] = {
         current_name(k): [_row(r) for r in rows] for k, rows in record["tables"].items()
     }
+    if verdict := out["metrics"].get("verdict"):
+        words = {check["result"] for check in out["tables"].get("verdict", [])}
+        is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
+        word = "passes" if verdict["value"] else "inconclusive" if is_open else "fails"
+        verdict["note"] = f"{word}. {verdict['note']}"
     out["notes"] = [_text(note) for note in record["notes"]]
     out["skipped"] = {name: _text(reason) for name, reason in record["skipped"].items()}
     return out
@@ -185,4 +191,23 @@ def _bound(note: str | None) -> str | None:
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     out = {"model" if k == "arm" else current_name(k): _text(v) for k, v in row.items()}
-    return out | ({"bound": _bound(row["note"])} if "required" in row else {})  # of a verdict
+    if "required" in row:  # a check of a verdict
+        out["bound"] = _bound(row["note"])
+        out["result"] = result_of(out)
+    return out
+
+
+def result_of(check: Record) -> str:
+    """Return passes, fails or inconclusive, which checks of schema 1.x do not say: inconclusive is
+    what was not measured everywhere, and a limit that leaves it open on which side of the threshold
+    the figure lies.
+    """
+    if check["passed"]:
+        return "passes"
+    is_floor = check["required"].startswith(("≥", "interval above"))
+    value = check["low"] if check["required"].startswith("interval") else check["value"]
+    if value is None or check["bound"] == ("lower" if is_floor else "upper"):
+        return "inconclusive"
+    threshold = float(check["required"].split()[-1])
+    holds = value > threshold if is_floor else value < threshold
+    return "inconclusive" if holds else "fails"

@@ -66,6 +66,7 @@ def generated(
             "n": 3,
             "required": "> 0",
             "passed": holds,
+            "result": "passes" if holds else "fails",
             "sure": True,
             "note": "",
         },
@@ -78,14 +79,15 @@ def generated(
             "n": 3,
             "required": "≤ 0.05",
             "passed": True,
+            "result": "passes",
             "sure": True,
             "note": "",
         },
     ]
     note = (
-        "targets held back. benign concepts kept"
+        "passes. targets held back. benign concepts kept"
         if holds
-        else "targets not held back: MSGR 0.01 (required > 0)"
+        else "fails. targets not held back: MSGR 0.01 (required > 0)"
     )
     metrics = {
         "verdict": metric(float(holds), low=None, high=None, interval="point", note=note),

@@ -18,7 +18,7 @@ from eval.report.leaderboard import (
     to_markdown,
     to_text,
 )
-from eval.report.outcomes import PUBLISHED, check_word, outcome
+from eval.report.outcomes import PUBLISHED, outcome
 
 CONF = Path(__file__).resolve().parents[4] / "conf"
 
@@ -51,30 +51,10 @@ def test_an_attack_that_works_on_neither_model_is_inconclusive(usable: str) -> N
 
 def test_a_run_that_diverged_in_part_never_passes() -> None:
     one = attacked("kappa", 3.4, 1.03, 356.0) | {"status": "diverged"}
-    one["metrics"]["verdict"]["value"] = 0.0
+    one["metrics"]["verdict"] |= {"value": 0.0, "note": "fails. one seed diverged"}
     one["error"] = {"type": "Diverged", "message": "κ is inf", "key": None, "last_good_step": 3}
     assert outcome(sealed(one)).label == "fails"
     assert "diverged on part of the run: κ is inf" in " ".join(outcome(one).details)
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"value": 1.5, "passed": True}, "passes"),
-        ({"value": 1.0}, "fails"),
-        ({"value": 1.0, "bound": "lower"}, "inconclusive"),
-        ({"value": 1.0, "bound": "upper"}, "fails"),
-        ({"value": None}, "inconclusive"),
-        ({"value": 1.5}, "inconclusive"),  # not measured in every seed
-        ({"value": 1.5, "required": "≤ 1.25"}, "fails"),
-        ({"value": 1.0, "required": "≤ 1.25", "bound": "lower"}, "inconclusive"),
-        ({"value": 0.3, "low": -0.1, "required": "interval above 0"}, "fails"),
-        ({"value": 1.0, "result": "inconclusive"}, "inconclusive"),
-    ],
-)
-def test_a_limit_or_a_gap_leaves_a_check_inconclusive(changes: dict, word: str) -> None:
-    base = {"passed": False, "required": "≥ 1.25", "low": None, "bound": None}
-    assert check_word(base | changes) == word
 
 
 def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:

@@ -6,6 +6,7 @@ import pytest
 from hydra.utils import get_object
 
 from lab.core import record
+from lab.core.migration import result_of
 from lab.core.sources import ROOT
 
 
@@ -25,3 +26,24 @@ def test_every_committed_record_is_read_and_its_targets_exist():
     assert len(loaded) == len(list(records.rglob("*.json")))
     for target in {t for one in loaded for t in targets(one["config"])}:
         assert callable(get_object(target)), target
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"value": 1.5, "passed": True}, "passes"),
+        ({"value": 1.0}, "fails"),
+        ({"value": 1.0, "bound": "lower"}, "inconclusive"),
+        ({"value": 1.0, "bound": "upper"}, "fails"),
+        ({"value": None}, "inconclusive"),
+        ({"value": 1.5}, "inconclusive"),  # not measured in every seed
+        ({"value": 1.5, "required": "≤ 1.25"}, "fails"),
+        ({"value": 1.0, "required": "≤ 1.25", "bound": "lower"}, "inconclusive"),
+        ({"value": 0.3, "low": -0.1, "required": "interval above 0"}, "fails"),
+    ],
+)
+def test_without_a_result_a_limit_or_a_gap_leaves_a_check_inconclusive(
+    changes: dict, word: str
+) -> None:
+    base = {"passed": False, "required": "≥ 1.25", "low": None, "bound": None}
+    assert result_of(base | changes) == word
