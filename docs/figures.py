@@ -4,8 +4,8 @@ A page marks a figure by two comments, inside a sentence or around a table::
 
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
-``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid`, `by_attack`,
-`target_share`, `median`, `correlation` or `step_times`.
+``EXPRESSION`` is a Jinja expression that calls `score`, `limit`, `table`, `grid`,
+`by_attack`, `target_share`, `median`, `correlation` or `step_times`.
 ``python docs/figures.py`` replaces every ``TEXT`` and draws the figures of the README
 (`readme_figures`). ``--check`` changes nothing and fails where a page and its records differ.
 Fenced blocks are left alone.
@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from scipy.stats import spearmanr
@@ -60,6 +61,18 @@ def round_number(value: float, show: str) -> str:
     return f"{value:,.0f}" if 10 <= abs(value) < 1e6 else f"{value:#.2g}"
 
 
+def unit(show: str) -> str:
+    """Return ``%``, ``×`` or nothing."""
+    return " %" if "percent" in show else "×" if "ratio" in show else ""
+
+
+def limit(verdict: str, key: str, show: str = "value") -> str:
+    """Return a limit of ``conf/eval/VERDICT.yaml`` as text."""
+    options = yaml.safe_load((ROOT / f"conf/eval/{verdict}.yaml").read_text(encoding="utf-8"))
+    value = options[verdict][key] * (100 if show in ("percent", "points") else 1)
+    return f"{value:g}{unit(show)}"
+
+
 def score(records: str, method: str, metric: str, show: str = "value") -> str:
     """Return a metric as text: ``score("relearn_table", "joint", "asr", "percent interval")``.
 
@@ -79,8 +92,7 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
         return words[item["value"]] if metric in stored["metrics"] else stored["status"]
     if item["value"] is None:
         return UNMEASURED
-    unit = " %" if "percent" in show else "×" if "ratio" in show else ""
-    text = f"{bound(item)} {round_number(item['value'], show)}{unit}".strip()
+    text = f"{bound(item)} {round_number(item['value'], show)}{unit(show)}".strip()
     if "interval" in show and item["low"] not in (None, item["high"]):
         text += f" [{round_number(item['low'], show)}, {round_number(item['high'], show)}]"
     return text.replace("-", "−")
@@ -230,7 +242,7 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(["\n", head, "|---" * len(lines[0]) + "|", *body, "\n"])
 
 
-FUNCTIONS = (score, table, grid, by_attack, target_share, median, correlation, step_times)
+FUNCTIONS = (score, limit, table, grid, by_attack, target_share, median, correlation, step_times)
 
 
 def render(text: str) -> str:
