@@ -18,13 +18,14 @@ PRESETS = ("mima", "mima_first_order", "joint", "compose", "imma", "mima_release
 LORA = {"kind": "lora", "scopes": ["attn2"], "ranks": 2, "lr": 1e-2}
 model = cache(tiny_diffusion)
 case = cache(tiny_case)
+default = cache(lambda name: composed(f"immunize={name}").immunize)  # read only
 
 
 def preset(name, **changes):
     """``conf/immunize/NAME.yaml`` for two steps of two pictures. Random weights have losses above
     any useful cap.
     """
-    node = composed(f"immunize={name}").immunize
+    node = OmegaConf.merge(default(name))
     OmegaConf.set_struct(node, False)
     small = {"steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None}
     if name == "mima_deep":

@@ -20,11 +20,13 @@ from lab.minisd.train.networks import (
     build_vae,
     train_tokenizer,
 )
+from lab.minisd.world import world
 from lab.minisd.world.captions import prompts
-from lab.minisd.world.world import Subset, concept, sample
+from lab.minisd.world.world import Subset, concept
 from lab.models.diffusion import DiffusionModel
 
 TINY = Widths(vae=(8, 8, 8), unet=(8, 16, 16), text=32, layers=1, groups=4)
+sample = cache(world.sample)  # read only: `pictures` makes images of their own from it
 
 
 @cache

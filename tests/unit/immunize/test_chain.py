@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,11 +41,14 @@ def _run(checkpoint: Any = None) -> tuple[Any, list[tuple[int, dict[str, float]]
     return made, rows
 
 
+unbroken = cache(_run)  # read only
+
+
 def test_each_starts_from_what_the_one_before_left() -> None:
     model = tiny_diffusion()
     for method in _chain().methods.values():
         model = method(model, tiny_case(), seed=0, checkpoint=None, log=tiny.no_log)
-    made, rows = _run()
+    made, rows = unbroken()
     assert same_weights(made, model)
     steps = [step for step, _ in rows]
     assert steps == sorted(set(steps))
@@ -52,7 +56,7 @@ def test_each_starts_from_what_the_one_before_left() -> None:
 
 @pytest.mark.parametrize("save", [1, 4])
 def test_resumed_equals_unbroken(save: int) -> None:
-    whole, rows = _run()
+    whole, rows = unbroken()
     again, rows_again = interrupted(_run, save)
     assert same_weights(again, whole)
     assert rows_again == rows

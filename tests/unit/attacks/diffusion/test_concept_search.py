@@ -5,6 +5,7 @@ the whole run.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,8 +28,11 @@ def searched(**changes: Any) -> Any:
     return attack("lora", families=(), search={**GRID, **changes})
 
 
+unbroken = cache(lambda: launch(searched()))  # read only
+
+
 def test_best_trial_is_the_one_with_the_lowest_held_out_loss_and_is_what_runs() -> None:
-    found = launch(searched())
+    found = unbroken()
     told = found.info["search"]
     assert [row["setting"] for row in told["trials"]] == [
         {"lr": lr, "rank": rank} for lr in SPACE["lr"] for rank in SPACE["rank"]
@@ -78,7 +82,7 @@ def test_the_split_is_a_partition_of_the_training_pictures() -> None:
 
 
 def test_a_killed_search_continues() -> None:
-    whole = launch(searched())
+    whole = unbroken()
     for fail_at in (2, 5):  # in the search, in the run after it
         again = interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at)
         assert_equal(again, whole)
