@@ -70,7 +70,8 @@ def test_another_autoencoder_leaves_the_given_model() -> None:
     state = {name: value + 1 for name, value in model.vae.state_dict().items()}
     second = model.copy()
     second.load_state_dict({**model.state_dict(), **{f"vae.{k}": v for k, v in state.items()}})
-    assert all(torch.equal(second.vae.state_dict()[name], value) for name, value in state.items())
+    kept = second.vae.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in state.items())
     assert same_weights(model, copied)
     third = model.copy()
     third.load_state_dict(model.state_dict())
