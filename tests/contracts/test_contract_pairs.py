@@ -10,7 +10,7 @@ import pytest
 import test_contracts as features
 import tiny
 import torch
-from presets import build, problem
+from presets import build, param, problem
 
 from lab.core.types import Budget
 
@@ -37,7 +37,10 @@ def attack_baseline(attacker, kind):
     return attack_features(attacker, kind, problem(kind)[0])
 
 
-@pytest.mark.parametrize(("name", "kind"), features.choices("immunize"))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [param("immunize", *choice, by_class=True) for choice in features.choices("immunize")],
+)
 def test_features(name, kind):
     model, case = problem(kind)
     after = build("immunize", name, kind)(model, case, seed=0, checkpoint=None, log=tiny.no_log)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from hydra.utils import instantiate
-from presets import build, composed, kinds, presets
+from presets import build, composed, kinds, param, presets
 from test_contracts import check_round_trip, moved
 from tiny_diffusion import tiny_case, tiny_diffusion
 
@@ -36,7 +36,7 @@ def immunized(name):
     )
 
 
-@pytest.mark.parametrize("name", choices("immunize"))
+@pytest.mark.parametrize("name", [param("immunize", n) for n in choices("immunize")])
 def test_immunizer(name, case):
     method = build("immunize", name, "diffusion")
     assert isinstance(method, Immunizer)
@@ -72,7 +72,7 @@ def attacked(name, model, task):
     return found
 
 
-@pytest.mark.parametrize("name", choices("attacks"))
+@pytest.mark.parametrize("name", [param("attacks", n) for n in choices("attacks")])
 def test_attacker(name, case, tmp_path):
     """It repeats, moves what it declares, and the store gives it back."""
     attack, model = build("attacks", name, "diffusion"), tiny_diffusion()
@@ -87,7 +87,7 @@ def test_attacker(name, case, tmp_path):
     assert all(torch.equal(again.samples[k], v) for k, v in found.samples.items())
     changed = moved(model, copied)
     adapters = {k for k in changed if ".lora_" in k}
-    own = {k for k in changed - adapters if k in model.state_dict()}
+    own = (changed - adapters) & model.state_dict().keys()
     assert own <= {k for k in found.weights if k.startswith("unet.")}
     saved = {
         k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters
@@ -101,10 +101,14 @@ def test_attacker(name, case, tmp_path):
 
 def pairs():
     """Immunizers and the attackers of each: a fifth of all pairs, in which every attacker meets
-    several immunizers.
+    several immunizers; one of them in the pairs that are not slow.
     """
-    for i, name in enumerate(choices("immunize")):
-        yield pytest.param(name, choices("attacks")[i % 5 :: 5], id=name)
+    immunizers, attackers = choices("immunize"), choices("attacks")
+    for i, name in enumerate(immunizers):
+        first = attackers[i :: len(immunizers)]
+        others = [a for a in attackers[i % 5 :: 5] if a not in first]
+        yield pytest.param(name, first, id=name)
+        yield pytest.param(name, others, id=f"{name}-others", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "attackers"), pairs())

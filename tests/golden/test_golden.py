@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import golden_cases as cases
 import pytest
+from presets import twins
 
 from lab.core.migration import current_name
 
 
-@pytest.mark.parametrize("key", sorted({*cases.computations(), *cases.stored()}))
+def slow(key: str) -> list[pytest.MarkDecorator]:
+    group, name, *_ = key.split("/")
+    twin = group in ("immunize", "attacks") and name in twins(group)
+    return [pytest.mark.slow] if twin else []
+
+
+KEYS = sorted({*cases.computations(), *cases.stored()})
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=slow(key)) for key in KEYS])
 def test_the_value_is_the_stored_one(key: str) -> None:
     if key not in cases.stored():  # a new preset
         pytest.skip(f"no stored value: python tests/golden/regenerate.py {key}")
@@ -21,10 +31,12 @@ def test_the_value_is_the_stored_one(key: str) -> None:
     assert not told, "\n".join(told)
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("kappa_pencil", "kappa_ill_only")]
+SLOW = ("kappa", "kappa_pencil", "kappa_ill_only")
 
 
-@pytest.mark.parametrize("name", ["kappa", "kappa_closed_form", *SLOW])
+@pytest.mark.parametrize(
+    "name", ["kappa_closed_form", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
 def test_the_program_gives_the_committed_figures_of_house_prices(name: str) -> None:
     study = cases.study(name)
     committed = {current_name(k): v for k, v in study["committed"].items()}

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from hydra import compose, initialize_config_dir
@@ -133,6 +134,38 @@ def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
     for key in objects:  # Hydra would turn the objects into options
         del merged[key]
     return instantiate(merged, _partial_=True, _convert_="all")(**objects)
+
+
+def outline(node: Any) -> Any:
+    """Reduce options to those that choose code: of numbers only whether they are 0."""
+    if isinstance(node, dict):
+        return {key: outline(value) for key, value in node.items() if key != "name"}
+    if isinstance(node, list):
+        return list(map(outline, node))
+    return bool(node) if isinstance(node, int | float) else node
+
+
+@cache
+def twins(group: str, by_class: bool = False) -> set[str]:
+    """List presets that run the code of an earlier one of the group with other numbers.
+
+    Args:
+        by_class: those that are of the class of an earlier one, too.
+    """
+    found: set[str] = set()
+    seen: list[Any] = []
+    for name in presets(group):
+        node = OmegaConf.to_container(nodes(group)[name])
+        seen.append(node["_target_"] if by_class else outline(node))
+        if seen[-1] in seen[:-1] or name.endswith("_quick"):
+            found.add(name)
+    return found
+
+
+def param(group: str, name: str, *more: Any, by_class: bool = False) -> Any:
+    """Return (name, *more) as a case of a test; twins are slow."""
+    slow = [pytest.mark.slow] if name in twins(group, by_class) else []
+    return pytest.param(name, *more, marks=slow)
 
 
 @cache
