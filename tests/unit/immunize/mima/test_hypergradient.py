@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -19,9 +20,16 @@ ATTACKERS = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("attacker", ATTACKERS)
-@pytest.mark.parametrize("scope", ["kv", "attention", "up", "all"])
+def cases():
+    """Every scope with every attacker and K; those are not slow in which two of them are the first
+    of their list.
+    """
+    for case in product(["all", "kv", "attention", "up"], ATTACKERS, [3, 1]):
+        others = sum(value not in ("all", "sgd", 3) for value in case)
+        yield pytest.param(*case, marks=[pytest.mark.slow] if others > 1 else [])
+
+
+@pytest.mark.parametrize(("scope", "attacker", "steps"), cases())
 def test_exact_equals_naive_autograd(scope, attacker, steps):
     p = problem(scope)
     settings = replace(ATTACKERS[attacker], steps=steps)
