@@ -129,6 +129,7 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
 # ---- what is not run is checked
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_records(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["figures", "--check"])
     monkeypatch.syspath_prepend(str(DOCS))  # one script imports the other

@@ -19,14 +19,12 @@ EVERY_GROUP = {
     "experiment": ["experiment=house_price,first_run"],
     "debug": ["debug=smoke,wiring"],
 }
+FAST_GROUPS = ("immunize", "attacks", "debug")  # a part, a list of parts, options of several
 
 
 @pytest.mark.parametrize(
     "group",
-    [
-        pytest.param(g, marks=pytest.mark.slow if "first_run" in str(w) else ())
-        for g, w in EVERY_GROUP.items()
-    ],
+    [g if g in FAST_GROUPS else pytest.param(g, marks=pytest.mark.slow) for g in EVERY_GROUP],
 )
 def test_every_group_can_be_swept(cli, tmp_path, group):
     words = EVERY_GROUP[group]

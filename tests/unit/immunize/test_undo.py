@@ -55,6 +55,7 @@ def test_keys_and_values_of_cross_attention_can_stay() -> None:
     assert same == set(scope_names(model.unet, "kv"))
 
 
+@pytest.mark.slow  # a training
 def test_the_student_comes_to_predict_what_the_teacher_does() -> None:
     rows = []
     undo = method(steps=120, batch_size=8, lr=3e-3, warmup=5, alpha=0.3)

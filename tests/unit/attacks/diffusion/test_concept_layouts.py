@@ -41,8 +41,15 @@ def test_attackers_learn_on_every_layout(name, layout):
     assert not torch.equal(pictures[0], pictures[-1])
 
 
-@pytest.mark.parametrize("layout", ["sd2", "xl"])
-@pytest.mark.parametrize("name", ["mima", "mima_deep"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("mima", "sd2"),
+        ("mima_deep", "xl"),
+        pytest.param("mima", "xl", marks=pytest.mark.slow),
+        pytest.param("mima_deep", "sd2", marks=pytest.mark.slow),
+    ],
+)
 def test_immunizers_on_other_layouts(name, layout):
     net = model(layout)
     found = run(preset(name), of=net, on=tiny_case())

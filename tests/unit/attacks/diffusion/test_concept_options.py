@@ -31,8 +31,15 @@ from lab.core.errors import UserError
 from lab.core.types import Budget
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "soap"])
-@pytest.mark.parametrize("name", ["lora", "full_finetune"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("lora", "soap"),
+        ("full_finetune", "muon"),
+        pytest.param("lora", "muon", marks=pytest.mark.slow),
+        pytest.param("full_finetune", "soap", marks=pytest.mark.slow),
+    ],
+)
 def test_other_optimizers_learn_and_resume_bit_for_bit(name: str, optimizer: str) -> None:
     attacker = attack(name, optimizer=optimizer)
     whole = launch(attacker)

@@ -66,7 +66,7 @@ def test_comparing_with_adaptation_alone_changes_no_other_figure():
         ("mima", {"merge": {"rule": "gated"}, "hypergradient": {"method": "first_order"}}),
         ("mima_released", {}),
         ("compose", {"hypergradient": {"method": "first_order"}}),
-        ("mima_deep", {}),
+        pytest.param("mima_deep", {}, marks=pytest.mark.slow),  # online resumes all of it
         ("mima_deep", {"online": True}),
     ],
 )
@@ -82,7 +82,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):
         assert repeated == rows
 
 
-@pytest.mark.parametrize("name", ["mima_first_order", "compose"])
+@pytest.mark.parametrize(
+    "name", ["mima_first_order", pytest.param("compose", marks=pytest.mark.slow)]
+)
 def test_interpolated_weights_lie_between_the_given_model_and_the_trained_one(name):
     trained, third = run(preset(name, steps=1)), run(preset(name, steps=1, interpolation=1 / 3))
     ends, found = trained.state_dict(), third.state_dict()

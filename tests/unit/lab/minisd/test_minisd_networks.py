@@ -300,6 +300,7 @@ def test_folded_scale_changes_latents_and_nothing_else(shown) -> None:
     assert folded.config.scaling_factor == 1
 
 
+@pytest.mark.slow  # a training
 def test_text_encoder_learns_what_images_show(tokenizer) -> None:
     """Texts are found by their images after a few steps, and by chance before."""
     data = sample(Subset(("fox", "banana"), (PHOTO, "neon"), two_share=0.0), 0, 64)

@@ -104,6 +104,7 @@ def test_concepts_are_photos_of_a_thing_or_many_things_by_an_artist() -> None:
     assert len({p.objects for p in mosaics}) == 20
 
 
+@pytest.mark.slow  # starts processes
 def test_same_seed_same_bytes_in_any_order_and_number_of_processes() -> None:
     whole = sample(TRAINING, 5, 260)
     assert torch.equal(sample(TRAINING, 5, 20, start=240).images, whole.images[240:])

@@ -93,6 +93,7 @@ def test_a_failed_run_is_marked(folder):
 # ── keys and servers
 
 
+@pytest.mark.slow  # waits for a server
 def test_a_wrong_key_and_no_network_log_offline_and_say_so_once(folder, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
