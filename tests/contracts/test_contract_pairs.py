@@ -38,8 +38,7 @@ def attack_baseline(attacker, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [param("immunize", *choice, by_class=True) for choice in features.choices("immunize")],
+    ("name", "kind"), [param("immunize", *choice) for choice in features.choices("immunize")]
 )
 def test_features(name, kind):
     model, case = problem(kind)

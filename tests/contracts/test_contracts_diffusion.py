@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from hydra.utils import instantiate
-from presets import build, composed, kinds, param, presets
+from presets import build, composed, kinds, param, presets, twins
 from test_contracts import check_round_trip, moved
 from tiny_diffusion import tiny_case, tiny_diffusion
 
@@ -99,15 +99,18 @@ def test_attacker(name, case, tmp_path):
 
 
 def pairs():
-    """Immunizers and the attackers of each: a fifth of all pairs, in which every attacker meets
-    several immunizers; one of them on a benign concept, in the pairs that are not slow.
+    """Immunizers, attackers and a role: a fifth of all pairs on targets, in which every attacker
+    meets several immunizers, and every attacker once on a benign concept.
     """
     immunizers, attackers = choices("immunize"), choices("attacks")
     for i, name in enumerate(immunizers):
-        first = attackers[i :: len(immunizers)]
-        others = [a for a in attackers[i % 5 :: 5] if a not in first]
-        yield pytest.param(name, first, "others", id=name)
-        yield pytest.param(name, others, "targets", id=f"{name}-others", marks=pytest.mark.slow)
+        some = attackers[i % 5 :: 5]
+        yield pytest.param(name, some, "targets", id=name, marks=pytest.mark.slow)
+    classes = [name for name in immunizers if name not in twins("immunize")]
+    for i, attacker in enumerate(attackers):
+        slow = [pytest.mark.slow] if attacker in twins("attacks") else []
+        name = classes[i % len(classes)]
+        yield pytest.param(name, [attacker], "others", id=f"{name}-{attacker}", marks=slow)
 
 
 @pytest.mark.parametrize(("name", "attackers", "role"), pairs())

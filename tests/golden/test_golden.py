@@ -14,7 +14,7 @@ from lab.core.migration import current_name
 
 def slow(key: str) -> list[pytest.MarkDecorator]:
     group, name, *_ = key.split("/")
-    twin = group in ("immunize", "attacks") and name in twins(group)
+    twin = group in ("immunize", "attacks") and name in twins(group, by_class=False)
     return [pytest.mark.slow] if twin else []
 
 

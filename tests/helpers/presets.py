@@ -146,11 +146,9 @@ def outline(node: Any) -> Any:
 
 
 @cache
-def twins(group: str, by_class: bool = False) -> set[str]:
-    """List presets that run the code of an earlier one of the group with other numbers.
-
-    Args:
-        by_class: those that are of the class of an earlier one, too.
+def twins(group: str, by_class: bool = True) -> set[str]:
+    """List presets of the class of an earlier one of the group; else those that differ from it in
+    numbers alone.
     """
     found: set[str] = set()
     seen: list[Any] = []
@@ -162,10 +160,9 @@ def twins(group: str, by_class: bool = False) -> set[str]:
     return found
 
 
-def param(group: str, name: str, *more: Any, by_class: bool = False) -> Any:
-    """Return (name, *more) as a case of a test; twins are slow."""
-    slow = [pytest.mark.slow] if name in twins(group, by_class) else []
-    return pytest.param(name, *more, marks=slow)
+def param(group: str, name: str, *more: Any) -> Any:
+    """Return (name, *more) as a case of a test; those after the first of a class are slow."""
+    return pytest.param(name, *more, marks=[pytest.mark.slow] if name in twins(group) else [])
 
 
 @cache
