@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from hydra.utils import instantiate
-from presets import build, composed, kinds, param, presets, twins
+from presets import build, composed, kinds, param, presets, repetitions
 from test_contracts import check_round_trip, moved
 from tiny_diffusion import tiny_case, tiny_diffusion
 
@@ -106,9 +106,9 @@ def pairs():
     for i, name in enumerate(immunizers):
         some = attackers[i % 5 :: 5]
         yield pytest.param(name, some, "targets", id=name, marks=pytest.mark.slow)
-    classes = [name for name in immunizers if name not in twins("immunize")]
+    classes = [name for name in immunizers if name not in repetitions("immunize")]
     for i, attacker in enumerate(attackers):
-        slow = [pytest.mark.slow] if attacker in twins("attacks") else []
+        slow = [pytest.mark.slow] if attacker in repetitions("attacks") else []
         name = classes[i % len(classes)]
         yield pytest.param(name, [attacker], "others", id=f"{name}-{attacker}", marks=slow)
 

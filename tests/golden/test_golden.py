@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import golden_cases as cases
 import pytest
-from presets import twins
+from presets import repetitions
 
 from lab.core.migration import current_name
 
 
 def slow(key: str) -> list[pytest.MarkDecorator]:
     group, name, *_ = key.split("/")
-    twin = group in ("immunize", "attacks") and name in twins(group, by_class=False)
-    return [pytest.mark.slow] if twin else []
+    repeats = group in ("immunize", "attacks") and name in repetitions(group, by_class=False)
+    return [pytest.mark.slow] if repeats else []
 
 
 KEYS = sorted({*cases.computations(), *cases.stored()})

@@ -146,7 +146,7 @@ def outline(node: Any) -> Any:
 
 
 @cache
-def twins(group: str, by_class: bool = True) -> set[str]:
+def repetitions(group: str, by_class: bool = True) -> set[str]:
     """List presets of the class of an earlier one of the group; else those that differ from it in
     numbers alone.
     """
@@ -162,7 +162,7 @@ def twins(group: str, by_class: bool = True) -> set[str]:
 
 def param(group: str, name: str, *more: Any) -> Any:
     """Return (name, *more) as a case of a test; those after the first of a class are slow."""
-    return pytest.param(name, *more, marks=[pytest.mark.slow] if name in twins(group) else [])
+    return pytest.param(name, *more, marks=[pytest.mark.slow] if name in repetitions(group) else [])
 
 
 @cache
