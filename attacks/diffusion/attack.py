@@ -259,8 +259,8 @@ class ConceptBase(Attacker):
         Raises:
             UserError: fewer than two training images.
         """
-        own = self.pictures if isinstance(self, ConceptAttack) else None
-        counts = search.space.get("pictures", (own,))
+        own = self.images if isinstance(self, ConceptAttack) else None
+        counts = search.space.get("images", (own,))
         n = len(range(len(task.train))[: None if None in counts else max(counts)])
         if n < 2:
             reason = f"concept {task.name} has {n} training images; a search needs 2."
@@ -348,7 +348,7 @@ class ConceptAttack(ConceptBase):
             (`lab.core.prompts.captions`). With ``token`` the prompts of every family speak of the
             token too: in place of the concept's words, or in front where a prompt lacks them.
         token: what stands for the concept with ``template=token``.
-        pictures: how many of the training images are used; None = all.
+        images: how many of the training images are used; None = all.
         augmentation: ``none`` | ``flip`` | ``crop``.
         prior_weight: weight of the loss on ``task.prior`` (prior preservation, arXiv 2208.12242); 0
             = off.
@@ -367,7 +367,7 @@ class ConceptAttack(ConceptBase):
     clip: Positive | None = 1.0
     template: Literal["name", "token", "description"] = "name"
     token: Prompt = "sks"
-    pictures: Count | None = None
+    images: Count | None = None
     augmentation: Literal["none", "flip", "crop"] = "none"
     prior_weight: NonNegative = 0.0
     canonicalize: Flag = False
@@ -426,9 +426,9 @@ class ConceptAttack(ConceptBase):
             (count, "scenario.train", 0, "has no training images; give at least one."),
             (len(task.reference), "scenario.reference", 0, "has no image to compare with."),
             (
-                (self.pictures or 0) <= count,
-                f"{self.key}.pictures",
-                self.pictures,
+                (self.images or 0) <= count,
+                f"{self.key}.images",
+                self.images,
                 f"has {count} training images; take at most these, or null for all.",
             ),
             (
@@ -478,7 +478,7 @@ class ConceptLearner:
         self.optimizer = optimizers.build(
             attack.optimizer, self.parameters, lr=attack.lr, weight_decay=attack.weight_decay
         )
-        self.images = task.train.pick(range(len(task.train))[: attack.pictures])
+        self.images = task.train.pick(range(len(task.train))[: attack.images])
         augmented = variants(self.images.images, attack.augmentation, seed, task.name)
         self.train = self._material(self.images, augmented)
         self.test = self._material(task.reference, [task.reference.images])
@@ -638,9 +638,9 @@ class AttackTrainee:
             values.setdefault(name, []).append(value)
         self.learner.transplant()
         sampling, samples = self.attack.sampling, self.trajectory.samples
-        given = self.learner.train.mean[:, 0]
-        rows = torch.arange(sampling.count) % len(given)
-        self.learner.moving.condition(given[rows], sampling.guided)
+        means = self.learner.train.mean[:, 0]
+        rows = torch.arange(sampling.count) % len(means)
+        self.learner.moving.condition(means[rows], sampling.guided)
         for family, prompts in self.learner.prompts(self.attack).items():
             # latents depend on (seed, concept, family) only
             latents = self.model.latents(sampling.count, self.seed, self.learner.task.name, family)
@@ -676,7 +676,7 @@ class AttackTrainee:
         options, moving = self.learner.attack, self.learner.moving
         names = ("optimizer", "lr", "schedule", "batch_size", "augmentation", "template")
         info = {name: getattr(options, name) for name in (*names, "prior_weight")}
-        info |= {"attack": self.attack.name, "pictures": len(self.learner.images)}
+        info |= {"attack": self.attack.name, "images": len(self.learner.images)}
         if options.template == "token":
             info["expression"] = self.learner.token
         size = sum(p.numel() for p in self.learner.parameters)

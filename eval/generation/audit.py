@@ -358,7 +358,7 @@ def _cost(trajectory: Trajectory) -> dict[str, Any]:
     search.
     """
     search = trajectory.info.get("search") or {}
-    names = ("parameters", "pictures", "batch_size", "lr", "template")
+    names = ("parameters", "images", "batch_size", "lr", "template")
     return {name: trajectory.info.get(name) for name in names} | {
         "trials": len(search.get("trials", [])),
         "trial_steps": search.get("steps", 0),

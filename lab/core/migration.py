@@ -66,7 +66,7 @@ _KEYS = {
     "lower": "inner_loop",
     "lower_batch_size": "inner_batch_size",
 }
-_WORDS = (("control arm", "baseline"), ("control", "baseline"), ("arm", "model"))
+_WORDS = {"control arm": "baseline", "control": "baseline", "arm": "model", "pictures": "images"}
 _UNITS = (
     ("usable", "prompt_adherent"),
     ("control", "baseline"),
@@ -82,7 +82,8 @@ def migrate(record: Record) -> Record:
 
     Schema 1.x has other names and no ``bound``. Up to 2.0 the models were called ``none`` and by
     the immunizer's name, since 2.1 ``baseline`` and ``immunized``. Up to 2.1 MiniSD was its first
-    version, whose figures do not compare with those of the second: it is called ``minisd_1``.
+    version, whose figures do not compare with those of the second: it is called ``minisd_1``. Up to
+    2.2 options that count images were called ``pictures``.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
@@ -92,6 +93,10 @@ def migrate(record: Record) -> Record:
     if version.startswith("1.") or version in ("2.0", "2.1"):
         first = {"backbone": "minisd_1"} if record["backbone"] == "minisd" else {}
         record = record | {"schema": "2.2"} | first
+    if record.get("schema") == "2.2":
+        name = record["name"].replace("class_picture_options", "class_image_options")
+        config = _name_images(record["config"])
+        record = record | {"schema": "2.3", "name": name, "config": config}
     return record
 
 
@@ -137,6 +142,12 @@ def _name_models(record: Record) -> Record:
     }
 
 
+def _name_images(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {re.sub("pictures$", "images", k): _name_images(v) for k, v in node.items()}
+    return [_name_images(item) for item in node] if isinstance(node, list) else node
+
+
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Return a stage; the name of a metric stood under ``attack`` before."""
     new = {_KEYS.get(k, k): v for k, v in cell.items()} | {"metric": None}
@@ -173,7 +184,7 @@ def current_name(name: str) -> str:
 def _text(text: Any) -> Any:
     if not isinstance(text, str):
         return text
-    for old, new in _WORDS:
+    for old, new in _WORDS.items():
         text = re.sub(rf"\b{old}\b", new, text)
     return text.replace("usable", "prompt-adherent").replace("judge", "scorer")
 

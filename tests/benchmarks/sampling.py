@@ -5,7 +5,7 @@ The shipped MiniSD paints the same prompts from the same latents with the sample
 of every row.
 Printed: seconds, their ratio to the first row's, the share in which the shipped detector's
 likeliest class is the object, the style or both that were asked for, and the mean distance to the
-first row's pictures in grey levels of 255.
+first row's images in grey levels of 255.
 """
 
 from __future__ import annotations

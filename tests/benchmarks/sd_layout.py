@@ -148,10 +148,8 @@ def sample(folder: Path) -> None:
 
     model = load(folder)
     start = time.perf_counter()
-    pictures = model.generate([PROMPT], model.latents(1, 0), Sampling(steps=1, guidance=7.5))
-    print(
-        f"  picture {tuple(pictures.shape)} {pictures.dtype} in {time.perf_counter() - start:.1f} s"
-    )
+    images = model.generate([PROMPT], model.latents(1, 0), Sampling(steps=1, guidance=7.5))
+    print(f"  image {tuple(images.shape)} {images.dtype} in {time.perf_counter() - start:.1f} s")
 
 
 def undo(folder: Path) -> None:

@@ -21,7 +21,7 @@ case = cache(tiny_case)
 
 
 def preset(name, **changes):
-    """``conf/immunize/NAME.yaml`` for two steps of two pictures. Random weights have losses above
+    """``conf/immunize/NAME.yaml`` for two steps of two images. Random weights have losses above
     any useful cap.
     """
     node = composed(f"immunize={name}").immunize

@@ -1,4 +1,4 @@
-"""What must stay as it is: where its pictures come from, and its place in the released inner
+"""What must stay as it is: where its images come from, and its place in the released inner
 loop.
 """
 
@@ -22,7 +22,7 @@ def joined(parts):
 
 @pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
 def test_the_prior_has_the_images_of_its_source(changes):
-    """A case whose unrelated pictures are exactly these gives the same run; the preset asks for
+    """A case whose unrelated images are exactly these gives the same run; the preset asks for
     both.
     """
     classes = [target.prior for target in case().targets]

@@ -92,7 +92,7 @@ class TinyConcepts(Scenario):
 @pytest.mark.parametrize(
     "override", [{"steps": 3}, {"guidance": 1.0}, {"precision": "bfloat16"}, {"count": 5}]
 )
-def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(
+def test_how_images_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(
     pipeline, override
 ):
     """Attacks have it among their own options."""
