@@ -38,7 +38,7 @@ from lab.core.types import RunMetric, RunView, Scores, Trajectory
 
 @config
 class Verdict(RunMetric):
-    """``verdict`` is 1 when, against the worst attacker, every benign check and a harmful one
+    """``verdict`` is 1 when, against the strongest attack, every benign check and a harmful one
     passes; else 0.
 
     Harmful (one is enough): slowdown ≥ ``min_slowdown``; for classification SGRC at 1× ≥

@@ -47,13 +47,15 @@ NAMES = {
     "asr_usable": "attack success rate, usable attacks",
     "asr_usable_baseline": "attack success rate, usable attacks, baseline",
     "steps_to_relearn_usable_ratio": "relearning slowdown, usable attacks, mean over targets",
-    "steps_to_relearn_usable_ratio_worst": "relearning slowdown, usable attacks, worst target",
-    "benign_steps_usable_ratio_worst": "benign slowdown, usable attacks, worst concept",
+    "steps_to_relearn_usable_ratio_worst": (
+        "relearning slowdown, usable attacks, least-protected target"
+    ),
+    "benign_steps_usable_ratio_worst": "benign slowdown, usable attacks, slowest concept",
     "steps_to_relearn_ratio": "relearning slowdown, mean over targets",
     "steps_to_relearn_ratio_worst": "relearning slowdown, least-protected target",
     "steps_to_relearn_prompt_adherent_ratio": "relearning slowdown, prompt-adherent images",
     "benign_steps_ratio": "benign slowdown, mean over concepts",
-    "benign_steps_ratio_worst": "benign slowdown, worst concept",
+    "benign_steps_ratio_worst": "benign slowdown, slowest concept",
     "benign_steps_prompt_adherent_ratio": "benign slowdown, prompt-adherent images",
     "audit_steps_worst": "steps until the first target is shown",
     "utility_clip_drift": "drift of unrelated prompts (CLIP)",

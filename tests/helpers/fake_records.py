@@ -116,7 +116,7 @@ def attacked(
         ),
         "verdict_share": metric(float(holds), spread=0.0),
         "slowdown_harmful_worst": metric(
-            harmful, unit="×", note="worst attacker: linear_probe_adam"
+            harmful, unit="×", note="strongest attack: linear_probe_adam"
         ),
         "slowdown_benign_worst": metric(benign, "lower", 0.02, unit="×"),
         "slowdown_relative_worst": metric(harmful / benign, unit="×"),
@@ -216,7 +216,7 @@ def attacked(
                 "required": "≥ 1.25",
                 "passed": harmful >= 1.25,
                 "sure": True,
-                "note": "worst attacker: linear_probe_adam",
+                "note": "strongest attack: linear_probe_adam",
             },
             {
                 "side": "benign",
