@@ -66,6 +66,15 @@ _KEYS = {
     "lower": "inner_loop",
     "lower_batch_size": "inner_batch_size",
 }
+# config key or column of a table up to schema 2.2 → its name now
+_KEYS_2_2 = {
+    "kept": "keep_samples",
+    "keep_pictures": "keep_images",
+    "pictures": "images",
+    "sure": "significant",
+    "targeted": "target_samples",
+    "unrelated_pictures": "unrelated_images",
+}
 _WORDS = {"control arm": "baseline", "control": "baseline", "arm": "model", "pictures": "images"}
 _UNITS = (
     ("usable", "prompt_adherent"),
@@ -83,7 +92,7 @@ def migrate(record: Record) -> Record:
     Schema 1.x has other names and no ``bound``. Up to 2.0 the models were called ``none`` and by
     the immunizer's name, since 2.1 ``baseline`` and ``immunized``. Up to 2.1 MiniSD was its first
     version, whose figures do not compare with those of the second: it is called ``minisd_1``. Up to
-    2.2 options that count images were called ``pictures``.
+    2.2 some options and columns had other names.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
@@ -95,8 +104,8 @@ def migrate(record: Record) -> Record:
         record = record | {"schema": "2.2"} | first
     if record.get("schema") == "2.2":
         name = record["name"].replace("class_picture_options", "class_image_options")
-        config = _name_images(record["config"])
-        record = record | {"schema": "2.3", "name": name, "config": config}
+        parts = {part: _renamed(record[part]) for part in ("config", "tables")}
+        record = record | {"schema": "2.3", "name": name} | parts
     return record
 
 
@@ -142,10 +151,10 @@ def _name_models(record: Record) -> Record:
     }
 
 
-def _name_images(node: Any) -> Any:
+def _renamed(node: Any) -> Any:
     if isinstance(node, dict):
-        return {re.sub("pictures$", "images", k): _name_images(v) for k, v in node.items()}
-    return [_name_images(item) for item in node] if isinstance(node, list) else node
+        return {_KEYS_2_2.get(k, k): _renamed(v) for k, v in node.items()}
+    return [_renamed(item) for item in node] if isinstance(node, list) else node
 
 
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:

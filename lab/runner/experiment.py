@@ -250,8 +250,8 @@ class Run:
     def _leave_out_failed_attacks(self) -> None:
         for name, reason in self.failed["attack"].items():
             self.pipeline.notes[f"attack {name} failed and is left out: {reason}"] = None
-        kept = [name for name in self.pipeline.attacks if name not in self.failed["attack"]]
-        self.pipeline.attacks = tuple(kept)
+        working = [name for name in self.pipeline.attacks if name not in self.failed["attack"]]
+        self.pipeline.attacks = tuple(working)
 
     def _collect_scores(self, cell: Cell) -> None:
         """Keep the scores of a metric; one that would write over another's has failed."""

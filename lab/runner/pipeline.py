@@ -168,21 +168,21 @@ class Pipeline:
                 if self.on_log is not None:
                     self.on_log(f"immunize/{case.name}/seed{seed}", step, rows[-1][1])
 
-            before = given = self.original(case, seed)
+            before = model = self.original(case, seed)
             weights = self.identity(case, seed)["weights"]
             if part.obj.before_erasure:
-                given = self.parts.backbone.build(case, seed)
-                weights = digest(*given.state_dict().values())
+                model = self.parts.backbone.build(case, seed)
+                weights = digest(*model.state_dict().values())
             error: dict[str, Any] | None = None
             changed: dict[str, Tensor] = {}
             try:
                 after = part.obj(
-                    given, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
+                    model, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
                 )
             except Diverged as stopped:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
-                if digest(*given.state_dict().values()) != weights:
+                if digest(*model.state_dict().values()) != weights:
                     fix = (
                         "changed the model that it was given; copy it first (lab.core.types.clone)."
                     )

@@ -349,8 +349,9 @@ class _Loader:
             raise UserError(
                 key,
                 path,
-                f"holds {len(distinct)} different images; three is the least, one each to immunize, "
-                "to attack and to compare, and four where an immunizer trains on the concept.",
+                f"holds {len(distinct)} different images; three is the least, one each to "
+                "immunize, to attack and to compare, and four where an immunizer trains on the "
+                "concept.",
             )
         captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in distinct]
         silent = sum(not names_concept(entry.spoken, line) for line in captions)

@@ -159,8 +159,8 @@ def undo(folder: Path) -> None:
     from lab.core.data import Sampling
 
     model = load(folder)
-    options = Undo(kept=1, targeted=1, batch_size=2, steps=2, sampling_steps=1)
-    captions = _Captions(asked=(PROMPT, PROMPT), meant=("a photo of a fox", PROMPT), kept=1)
+    options = Undo(keep_samples=1, target_samples=1, batch_size=2, steps=2, sampling_steps=1)
+    captions = _Captions(student=(PROMPT, PROMPT), teacher=("a photo of a fox", PROMPT), same=1)
     case: Any = SimpleNamespace(sampling=Sampling(steps=1, guidance=7.5))
     training = _Distillation(options, model, captions, case, 0)
     for step in range(options.steps):  # the first one also draws the teacher's two images
