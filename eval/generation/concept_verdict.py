@@ -172,7 +172,7 @@ class ConceptVerdict(ImageMetric):
 
 
 def _counted(evaluated: EvaluatedRun) -> str:
-    """Return the quantity that the verdict reads: images with what their prompt asks for while the
+    """Return the quantity that the verdict reads: images with what their prompt names while the
     attacked model is usable, where that was measured, else detections.
     """
     return USABLE if evaluated.has(USABLE) else DETECTED

@@ -85,7 +85,7 @@ class Relearning(ImageMetric):
     on, it counts in neither model (`ratio_of`). A model that never relearns is censored, and the
     ratio is a lower limit (``bound``). ``asr_prompt_adherent``,
     ``steps_to_relearn_prompt_adherent_ratio``, ``benign_steps_prompt_adherent_ratio`` and their
-    suffixes: the same for images that also show what their prompt asks for, see
+    suffixes: the same for images that also show what their prompt names, see
     `eval.generation.scoring.is_prompt_adherent`; only where styles are among the concepts and the
     detector names what it sees. ``asr_usable``, ``steps_to_relearn_usable_ratio``,
     ``benign_steps_usable_ratio``: the same, and an attack counts only at steps at which the

@@ -344,7 +344,9 @@ def least_share(record: Record, reference: Record) -> str:
 
 
 def headline(group: Sequence[Row]) -> Outcome:
-    """Return who wins a group, by which margin and how surely; of one method its own outcome."""
+    """Return which method comes first, and whether its margin is significant; of one method its own
+    outcome.
+    """
     ranked = [row for row in group if row.rank is not None]
     # the reference competes with nothing but itself
     ranked = [row for row in ranked if row.record["immunizer"] != REFERENCE] or ranked
@@ -369,17 +371,19 @@ def headline(group: Sequence[Row]) -> Outcome:
 
 
 def _margin(name: str, first: Row, second: Row) -> list[str]:
-    """Return by how much the first method is ahead of the second, and how surely."""
+    """Return by how much the first method is ahead of the second, and whether that is
+    significant.
+    """
     better, worse = (row.record["metrics"].get(name) for row in (first, second))
     if second.value(name) is None:
         return []
     gap = difference(name, second.record, first.record)
-    sure = "significant" if gap["significant"] else "not significant"
+    word = "significant" if gap["significant"] else "not significant"
     limits = (worse.get("bound"), better.get("bound"))
     if any(limits) and not (limits == (None, "lower") and gap["difference"] > 0):
-        sure = "undetermined, as a figure is a limit"
+        word = "undetermined, as a figure is a limit"
     text = measured({"value": gap["difference"], "unit": worse["unit"]} | gap)
-    return [f"Margin over {second.label}: {text}, {sure} ({gap['how']})."]
+    return [f"Margin over {second.label}: {text}, {word} ({gap['how']})."]
 
 
 # ---- text and pages

@@ -66,7 +66,7 @@ def generated(
             "n": 3,
             "required": "> 0",
             "passed": holds,
-            "sure": True,
+            "significant": True,
             "note": "",
         },
         {
@@ -78,7 +78,7 @@ def generated(
             "n": 3,
             "required": "≤ 0.05",
             "passed": True,
-            "sure": True,
+            "significant": True,
             "note": "",
         },
     ]

@@ -215,7 +215,7 @@ def attacked(
                 "n": 3,
                 "required": "≥ 1.25",
                 "passed": harmful >= 1.25,
-                "sure": True,
+                "significant": True,
                 "note": "strongest attack: linear_probe_adam",
             },
             {
@@ -227,7 +227,7 @@ def attacked(
                 "n": 3,
                 "required": "≤ 1.1",
                 "passed": benign <= 1.1,
-                "sure": True,
+                "significant": True,
                 "note": "",
             },
         ],

@@ -519,7 +519,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor)
 def draw_rows(step: int, styles: Tensor, batch: int, g: torch.Generator) -> Tensor:
     """Draw the rows [batch] of a step out of images with ``styles`` [n].
 
-    Every second batch holds one style only: within it a caption is told apart by its object alone,
+    Every second batch holds one style only: within it captions differ by their object alone,
     which random batches rarely ask for.
     """
     pool = torch.arange(len(styles))
