@@ -222,7 +222,7 @@ class Run:
             return
         self.hits += result.hit
         if not result.hit:
-            self.pipeline.store.trust([cell.key])
+            self.pipeline.cache.trust([cell.key])
         entry["seconds"] = result.seconds
         if result.weights is not None:
             entry["weights"] = result.weights
@@ -273,7 +273,7 @@ class Run:
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
             status: Literal["ok", "failed", "pending"] = "pending"
-            if self.pipeline.store.has(*cell.place, cell.parents):
+            if self.pipeline.cache.has(*cell.place, cell.parents):
                 status = "ok"
             elif cell.key == failure.stage and not preempted:
                 status = "failed"
@@ -283,7 +283,7 @@ class Run:
             self.status = "preempted"
             message = "interrupted; the same command continues where it stopped"
             if self.current:
-                step = self.pipeline.store.checkpointed(*self.current.place)
+                step = self.pipeline.cache.checkpointed(*self.current.place)
         self.error = _error(failure.type, message, failure.key, step)
         return failure
 

@@ -99,8 +99,8 @@ class Pipeline:
         notes: sentences for the record, in order.
     """
 
-    def __init__(self, parts: Parts, store: StageCache) -> None:
-        self.parts, self.store = parts, store
+    def __init__(self, parts: Parts, cache: StageCache) -> None:
+        self.parts, self.cache = parts, cache
         self.on_log: LogHook | None = None
         self.scenario = parts.scenario.name
         self.model_names = tuple(parts.model_names)
@@ -153,7 +153,7 @@ class Pipeline:
 
     def compute(self, cell: Cell) -> tuple[Artifact, bool]:
         """Return the artifact of ``cell`` and whether the cache had it."""
-        return self.store.get(*cell.place, cell.compute, cell.parents)
+        return self.cache.get(*cell.place, cell.compute, cell.parents)
 
     def immunize_cell(self, model_name: str, case: AnyCase, seed: int) -> Cell:
         part = self.parts.model_names[model_name]
@@ -311,7 +311,7 @@ class Pipeline:
 
     def shards(self, cell: Cell) -> int:
         """Return the shards of ``cell``; 0 for one that the cache has."""
-        return 0 if self.store.has(*cell.place, cell.parents) else cell.shards
+        return 0 if self.cache.has(*cell.place, cell.parents) else cell.shards
 
     # ---- RunView
 
@@ -343,7 +343,7 @@ class Pipeline:
 
     def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         joined = stage_key(kept=key, computing=computing())
-        artifact, _ = self.store.get("eval", joined, lambda _: Artifact(tensors=compute()))
+        artifact, _ = self.cache.get("eval", joined, lambda _: Artifact(tensors=compute()))
         return artifact.tensors
 
     def scores(self, metric: str) -> Scores:
