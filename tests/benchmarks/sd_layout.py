@@ -5,9 +5,9 @@ on a CPU.
 
 Every phase runs in a fresh process and prints its time and peak memory: ``write`` a folder as a
 user has it, ``load`` it through ``backbone=sd``, one ``lora`` step (peft, rank 4, batch 1), one
-``sample`` step with guidance, two steps of ``undo`` (batch 2). Needs 4.3 GB of disk for DIR (a temporary folder by default). The
-tokenizer is MiniSD's kind with CLIP's context, since CLIP's own vocabulary cannot be made from a
-config.
+``sample`` step with guidance, two steps of ``undo`` (batch 2). Needs 4.3 GB of disk for DIR (a
+temporary folder by default). The tokenizer is MiniSD's kind with CLIP's context, since CLIP's own
+vocabulary cannot be made from a config.
 """
 
 from __future__ import annotations

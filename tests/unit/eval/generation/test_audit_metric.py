@@ -1,4 +1,6 @@
-"""The verdict on one checkpoint: steps worked out by hand, every verdict, a detector from images."""
+"""The verdict on one checkpoint: steps worked out by hand, every verdict, a detector from
+images.
+"""
 
 from __future__ import annotations
 

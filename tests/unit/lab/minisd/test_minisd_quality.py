@@ -32,7 +32,8 @@ from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
 assert {m.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
 pipe.set_progress_bar_config(disable=True)
-made = pipe("a fox", num_inference_steps=2, guidance_scale=4.0, generator=torch.Generator().manual_seed(1)).images[0]
+g = torch.Generator().manual_seed(1)
+made = pipe("a fox", num_inference_steps=2, guidance_scale=4.0, generator=g).images[0]
 assert "lab" not in sys.modules
 print(made.size, made.mode, pipe.scheduler.__class__.__name__, pipe.tokenizer.model_max_length)
 """

@@ -1,8 +1,8 @@
 """The weights that come with the project: what lies in the folder, what they draw, and that a
 stranger can use them.
 
-``python tests/unit/lab/minisd/test_minisd_shipped.py`` stores the figures anew after the weights were
-retrained.
+``python tests/unit/lab/minisd/test_minisd_shipped.py`` stores the figures anew after the weights
+were retrained.
 """
 
 from __future__ import annotations
