@@ -189,10 +189,9 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
         runs, merges, merge_results = setup.arrange()
         # the first row says how well the merge is conditioned (`Factors.report`)
         report = {f"merge_{key}": value for key, value in merge_results.report.items()}
-        directions = setup.kept_directions() if self.null_space is not None else {}
-        if directions:
-            ranks = [u.shape[1] / len(u) for u in directions.values()]
-            report["kept_rank"] = sum(ranks) / len(ranks)
+        fixed = setup.kept_directions() if self.null_space is not None else {}
+        if fixed:
+            report["kept_rank"] = sum(u.shape[1] / len(u) for u in fixed.values()) / len(fixed)
 
         def begin(run: int) -> Objective:
             setup.restart()
@@ -206,7 +205,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
             setup.denoiser.theta,
             begin,
             runs=len(runs),
-            fixed=directions,
+            fixed=fixed,
         )
         unet, steps = setup.denoiser.model.unet, len(runs) * self.steps
         with checkpointed(unet) if self.gradient_checkpointing else nullcontext():

@@ -85,10 +85,11 @@ def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
         tensors.append(value)
         return f"tensor {len(tensors)}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [
-            f.name for f in dataclasses.fields(value) if derived or not f.metadata.get("derived")
-        ]
-        return {name: _plain(getattr(value, name), tensors, derived) for name in names}
+        return {
+            f.name: _plain(getattr(value, f.name), tensors, derived)
+            for f in dataclasses.fields(value)
+            if derived or not f.metadata.get("derived")
+        }
     if isinstance(value, tuple | list):
         return [_plain(item, tensors, derived) for item in value]
     if isinstance(value, dict):

@@ -140,8 +140,7 @@ ROW_LABEL = 12  # letters in a line of a row's label
 def png(content: ImageGrid) -> bytes:
     """Return a grid of images as PNG without metadata, see `grid`."""
     out = io.BytesIO()
-    image = grid(content.images, content.rows, content.columns)
-    image.save(out, format="PNG")
+    grid(content.images, content.rows, content.columns).save(out, format="PNG")
     return out.getvalue()
 
 

@@ -103,9 +103,12 @@ def migrate(record: Record) -> Record:
         first = {"backbone": "minisd_1"} if record["backbone"] == "minisd" else {}
         record = record | {"schema": "2.2"} | first
     if record.get("schema") == "2.2":
-        name = record["name"].replace("class_picture_options", "class_image_options")
-        parts = {part: _renamed(record[part]) for part in ("config", "tables")}
-        record = record | {"schema": "2.3", "name": name} | parts
+        record = record | {
+            "schema": "2.3",
+            "name": record["name"].replace("class_picture_options", "class_image_options"),
+            "config": _renamed(record["config"]),
+            "tables": _renamed(record["tables"]),
+        }
     return record
 
 

@@ -250,8 +250,9 @@ class Run:
     def _leave_out_failed_attacks(self) -> None:
         for name, reason in self.failed["attack"].items():
             self.pipeline.notes[f"attack {name} failed and is left out: {reason}"] = None
-        working = [name for name in self.pipeline.attacks if name not in self.failed["attack"]]
-        self.pipeline.attacks = tuple(working)
+        self.pipeline.attacks = tuple(
+            name for name in self.pipeline.attacks if name not in self.failed["attack"]
+        )
 
     def _collect_scores(self, cell: Cell) -> None:
         """Keep the scores of a metric; one that would write over another's has failed."""
