@@ -337,10 +337,8 @@ def shares(record: Record, reference: Record) -> dict[str, float]:
 def least_share(record: Record, reference: Record) -> str:
     """Return the least of `shares` with its target, as text; empty where there is none."""
     parts = shares(record, reference)
-    if not parts:
-        return ""
-    name = min(parts, key=lambda key: parts[key])
-    return f"{parts[name]:.2f} ({name})"
+    name = min(parts, key=lambda key: parts[key], default="")
+    return f"{parts[name]:.2f} ({name})" if parts else ""
 
 
 def headline(group: Sequence[Row]) -> Outcome:
