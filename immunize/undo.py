@@ -59,7 +59,8 @@ class Undo(Immunizer):
         alpha: share of the weights that is replaced by noise. beta: scale of the noise.
         keep_text_layers: leave the keys and values of cross-attention as they are. A target's
             caption then means to the other layers what it meant, and they have to lose the concept.
-        kept, targeted: sampled images of captions to keep, and of anchors of each target.
+        keep_samples, target_samples: sampled images of captions to keep, and of anchors of each
+            target.
         target_share: share of a batch that shows anchors of targets.
         steps, batch_size, lr, warmup: of AdamW; the rate falls on a half cosine.
         drop: share of captions that are replaced by the empty one.
@@ -75,8 +76,8 @@ class Undo(Immunizer):
     alpha: Share = 0.5
     beta: NonNegative = 0.1
     keep_text_layers: Flag = False
-    kept: Count = 1536
-    targeted: Count = 192
+    keep_samples: Count = 1536
+    target_samples: Count = 192
     target_share: PositiveShare = 0.25
     steps: Count = 2000
     batch_size: Count = 32
@@ -120,16 +121,16 @@ class Undo(Immunizer):
 
 @dataclass(frozen=True)
 class _Captions:
-    """What the student is asked, and what the teacher is asked in its place.
+    """The captions of the student, and those of the teacher in their place.
 
     Attributes:
-        asked, meant: one caption each per image of the bank.
-        kept: how many of them come first and keep their meaning.
+        student, teacher: one caption each per image of the bank.
+        same: how many come first and are the same for both.
     """
 
-    asked: tuple[str, ...]
-    meant: tuple[str, ...]
-    kept: int
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+    same: int
 
 
 def _captions(options: Undo, case: ConceptCase, seed: int) -> _Captions:
@@ -139,14 +140,14 @@ def _captions(options: Undo, case: ConceptCase, seed: int) -> _Captions:
     names = {c.name for c in case.targets}
     others = [e for e in case.erased if e.name not in names]
     pool = [*case.regularizers, *case.keep.prompts, *(p for e in others for p in e.prompts)]
-    keep = _cycled(shuffled(list(dict.fromkeys(pool)), seed, "undo", "kept"), options.kept)
-    asked, meant = list(keep), list(keep)
+    keep = _cycled(shuffled(list(dict.fromkeys(pool)), seed, "undo", "kept"), options.keep_samples)
+    student, teacher = list(keep), list(keep)
     for erasure in (e for e in case.erased if e.name in names):
         pairs = list(zip(erasure.prompts, erasure.anchors, strict=True))
-        chosen = _cycled(shuffled(pairs, seed, "undo", erasure.name), options.targeted)
-        asked += [prompt for prompt, _ in chosen]
-        meant += [anchor for _, anchor in chosen]
-    return _Captions(tuple(asked), tuple(meant), options.kept)
+        chosen = _cycled(shuffled(pairs, seed, "undo", erasure.name), options.target_samples)
+        student += [prompt for prompt, _ in chosen]
+        teacher += [anchor for _, anchor in chosen]
+    return _Captions(tuple(student), tuple(teacher), options.keep_samples)
 
 
 def _cycled(items: Sequence[Any], total: int) -> list[Any]:
@@ -154,15 +155,15 @@ def _cycled(items: Sequence[Any], total: int) -> list[Any]:
 
 
 def noised_copy(
-    model: DiffusionModel, alpha: float, beta: float, seed: int, kept: Container[str] = ()
+    model: DiffusionModel, alpha: float, beta: float, seed: int, fixed: Container[str] = ()
 ) -> DiffusionModel:
     """Return a copy of ``model`` whose U-Net is (1 − α) θ_0 + α β ξ, ξ uniform by Xavier, but for
-    the parameters ``kept``.
+    the parameters ``fixed``.
     """
     copy = model.copy()
     with torch.no_grad():
         for name, weight in copy.unet.named_parameters():
-            if name in kept:
+            if name in fixed:
                 continue
             noise = torch.zeros(weight.shape)
             if weight.ndim > 1:
@@ -184,10 +185,10 @@ class _Distillation:
     ) -> None:
         self.options, self.teacher, self.captions, self.seed = options, teacher, captions, seed
         self.sampling = replace(case.sampling, sampler="dpm", steps=options.sampling_steps)
-        kept = scope_names(teacher.unet, "kv") if options.keep_text_layers else ()
-        self.student = noised_copy(teacher, options.alpha, options.beta, seed, kept)
+        fixed = scope_names(teacher.unet, "kv") if options.keep_text_layers else ()
+        self.student = noised_copy(teacher, options.alpha, options.beta, seed, fixed)
         for name, weight in self.student.unet.named_parameters():
-            weight.requires_grad_(name not in kept)
+            weight.requires_grad_(name not in fixed)
         self.trained = [w for w in self.student.unet.parameters() if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=options.lr, weight_decay=0.0)
         self.bank: Tensor | None = None
@@ -196,9 +197,9 @@ class _Distillation:
     def _sample(self) -> Tensor:
         """Return what the teacher draws for every caption, as scaled latents [n, c, s, s]."""
         parts = []
-        starts = range(0, len(self.captions.meant), 64)
+        starts = range(0, len(self.captions.teacher), 64)
         for start in progress(starts, f"{self.options.name}: samples of the teacher"):
-            texts = self.captions.meant[start : start + 64]
+            texts = self.captions.teacher[start : start + 64]
             noise = self.teacher.latents(len(texts), self.seed, "undo bank", start)
             parts.append(self.teacher.sample(texts, noise, self.sampling))
         return torch.cat(parts)
@@ -207,27 +208,27 @@ class _Distillation:
         options, g = self.options, generator(self.seed, "undo", step)
         if self.bank is None:
             self.bank = self._sample()
-        total, kept = len(self.captions.asked), self.captions.kept
+        total, same = len(self.captions.student), self.captions.same
         targets = max(1, round(options.batch_size * options.target_share))
         index = torch.cat(
             [
-                torch.randint(kept, (max(1, options.batch_size - targets),), generator=g),
-                torch.randint(kept, total, (targets,), generator=g),
+                torch.randint(same, (max(1, options.batch_size - targets),), generator=g),
+                torch.randint(same, total, (targets,), generator=g),
             ]
         )
         dropped = (torch.rand(len(index), generator=g) < options.drop).tolist()
-        asked, meant = (
+        student, teacher = (
             ["" if empty else texts[i] for i, empty in zip(index.tolist(), dropped, strict=True)]
-            for texts in (self.captions.asked, self.captions.meant)
+            for texts in (self.captions.student, self.captions.teacher)
         )
         z = self.bank[index].to(self.student.device)
         t = torch.randint(self.student.timesteps, (len(z),), generator=g).to(z.device)
         noise = torch.randn(z.shape, generator=g).to(z)
         noisy = self.student.noised(z, noise, t)[0].to(z)
         with torch.no_grad():
-            wanted = self.teacher.predict(noisy, t, self.teacher.text(meant))
+            wanted = self.teacher.predict(noisy, t, self.teacher.text(teacher))
         with torch.enable_grad():
-            text = self.student.text(asked)
+            text = self.student.text(student)
             loss = (self.student.predict(noisy, t, text) - wanted).square().mean()
             if not torch.isfinite(loss):
                 raise Diverged(f"the loss of the distillation is {loss.item()}", step)

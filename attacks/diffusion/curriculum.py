@@ -47,7 +47,7 @@ class Curriculum(ConceptBase):
     Every stage starts from what the stage before left, with an optimizer of its own; adapters are
     added to the weights in between. A token that a stage has learned is a word of the next one
     (``template=token`` with the same ``token``), all its vectors together.
-    ``test_loss`` and samples speak of the target in the words of the stage that is running. Related
+    ``test_loss`` and samples name the target in the words of the stage that is running. Related
     data are the prior images, or the target under its description prompts
     (``template=description``).
 

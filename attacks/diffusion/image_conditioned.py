@@ -59,17 +59,17 @@ class ImageConditioned(ConceptAttack):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, self.name))
             module = self.attach(model, width).to(model.device)
-        given: list[Tensor] = []
+        conditions: list[Tensor] = []
 
         def condition(latents: Tensor, guided: bool) -> None:
-            found = self.features(model.to_images(latents)).to(model.device)
-            given[:] = [found, torch.tensor(guided)]
+            features = self.features(model.to_images(latents)).to(model.device)
+            conditions[:] = [features, torch.tensor(guided)]
 
         def prepare(_: nn.Module, inputs: tuple[Any, ...], extra: dict[str, Any]) -> Any:
-            found, guided = given
+            features, guided = conditions
             count = len(inputs[0]) // (2 if guided else 1)  # guidance asks for every image twice
-            rows = (torch.arange(len(inputs[0])) % count % len(found)).to(found.device)
-            return inputs, self.call(module, inputs, extra, found[rows])
+            rows = (torch.arange(len(inputs[0])) % count % len(features)).to(features.device)
+            return inputs, self.call(module, inputs, extra, features[rows])
 
         hook = model.unet.register_forward_pre_hook(prepare, with_kwargs=True)
         parameters = {f"{self.kind}.{name}": p for name, p in module.named_parameters()}

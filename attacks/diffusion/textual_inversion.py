@@ -22,7 +22,7 @@ class TextualInversion(ConceptAttack):
         initializer: where they start: ``auto`` (the class noun) | ``words`` (the concept's own
             words) | any text.
         nearest: whether every embedding acts as the nearest one of the vocabulary; the record then
-            has ``found_words``.
+            has ``nearest_words``.
 
     Raises:
         UserError: when called, a token that the tokenizer knows.
@@ -47,7 +47,7 @@ class TextualInversion(ConceptAttack):
         new = LearnedToken(self.key, model, self.token, self.vectors, start, self.nearest)
         info = {"vectors": self.vectors, "initial_text": start}
         if self.nearest:
-            info["found_words"] = new.found
+            info["nearest_words"] = new.nearest_words
         (name,) = new.weights()
         return Moving(
             new.weights(),

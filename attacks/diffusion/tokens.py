@@ -46,7 +46,7 @@ class LearnedToken:
         vectors: embeddings it stands for, ≥ 1.
         like: text whose mean embedding every row starts from.
         nearest: whether every row acts as the row of the vocabulary that has the largest cosine to
-            it, as gradients pass straight through (arXiv 2302.03668). ``found`` names these.
+            it, as gradients pass straight through (arXiv 2302.03668); ``nearest_words`` are these.
 
     Raises:
         UserError: a model with two text encoders, or a token that is known already or is split by
@@ -88,7 +88,7 @@ class LearnedToken:
             raise UserError(f"{key}.token", token, reason)
         special = set(tokenizer.all_special_ids)
         self.vocabulary = [i for i in range(size) if i not in special] if nearest else []
-        self.found: list[str] = []  # words that the rows act as
+        self.nearest_words: list[str] = []  # words that the rows act as
         self.table, self.tokenizer = old[self.vocabulary], tokenizer
         model.tokenizers[0] = tokenizer
         rows = old[like_ids].mean(0).repeat(vectors, 1).clone()
@@ -105,7 +105,9 @@ class LearnedToken:
             return self.rows
         cosines = F.normalize(self.rows.detach(), dim=1) @ F.normalize(self.table, dim=1).T
         best = cosines.argmax(1)
-        self.found[:] = self.tokenizer.convert_ids_to_tokens([self.vocabulary[i] for i in best])
+        self.nearest_words[:] = self.tokenizer.convert_ids_to_tokens(
+            [self.vocabulary[i] for i in best]
+        )
         return self.rows + (self.table[best] - self.rows).detach()
 
     def _replace(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

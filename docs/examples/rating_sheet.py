@@ -25,7 +25,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from lab.core.images import GAP, PAD
 
-MODELS = ("baseline", "immunized")  # the rows of a picture comparison_CONCEPT.png
+MODELS = ("baseline", "immunized")  # the rows of an image comparison_CONCEPT.png
 PAGE = """<!doctype html><meta charset="utf-8"><title>Rating sheet</title>
 <style>body{{font:16px sans-serif;max-width:40em;margin:2em auto;padding:0 1em}}
 fieldset{{margin:1em 0}}img{{width:45%;max-width:256px;image-rendering:pixelated}}
@@ -60,14 +60,14 @@ class Pair:
     sides: list[str]
 
 
-def crop(picture: Image.Image, cell: int) -> list[list[Image.Image]]:
+def crop(image: Image.Image, cell: int) -> list[list[Image.Image]]:
     """Return the images of a grid that `lab.core.images.grid` drew, by row and column."""
-    columns, rows = (picture.width - PAD) // (cell + GAP), (picture.height - PAD) // (cell + GAP)
-    left = picture.width - PAD + GAP - columns * (cell + GAP)
-    top = picture.height - PAD + GAP - rows * (cell + GAP)
+    columns, rows = (image.width - PAD) // (cell + GAP), (image.height - PAD) // (cell + GAP)
+    left = image.width - PAD + GAP - columns * (cell + GAP)
+    top = image.height - PAD + GAP - rows * (cell + GAP)
     return [
         [
-            picture.crop((x, y, x + cell, y + cell))
+            image.crop((x, y, x + cell, y + cell))
             for x in range(left, left + columns * (cell + GAP), cell + GAP)
         ]
         for y in range(top, top + rows * (cell + GAP), cell + GAP)

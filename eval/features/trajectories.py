@@ -1,5 +1,5 @@
 """Attack trajectories of two models side by side: steps to a target, slowdown, performance, and
-the worst attacker in every seed and case.
+the strongest attack in every seed and case.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def performance(
     return (1 - a / start, 1 - b / start) if start > 0 else None
 
 
-# ---- the worst attacker
+# ---- the attack that counts
 
 
 @dataclass
@@ -305,7 +305,8 @@ def each_worst(
     groups = samples(run, worst_attack)
     winners, total = [m.attack for m in chain(*groups)], sum(1 for _ in walk(run))
     missing = total - len(winners)
-    named = f"worst attacker: {mode(winners)}" if len(attacks) > 1 and winners else None
+    what = "strongest attack" if role == "harmful" else "attack with the largest benign cost"
+    named = f"{what}: {mode(winners)}" if len(attacks) > 1 and winners else None
     dropped = f"{missing} of {total} left out: {reason}" if missing else None
     return WorstCase(groups, reason, missing, joined(named, dropped, left_out(run)))
 

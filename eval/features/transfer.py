@@ -36,7 +36,7 @@ CORRELATIONS = {  # metric → columns of `_points`
 @config
 class Transfer(RunMetric):
     """Spearman's ρ between what immunization did to κ or the angles and what an attacker then
-    feels, per attacker.
+    measures, per attacker.
 
     Relative slowdown is the slowdown on the harmful task ÷ the slowdown on the benign task.
     ``transfer_ATTACK``: ρ of RIR against the relative slowdown; ``transfer_PRECONDITIONER_ATTACK``:
@@ -162,7 +162,7 @@ def _measure_change(run: RunView, case: Case, seed: int, pair: Row) -> Row:
 
 
 def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> list[Row]:
-    """Return a row per seed and case: what immunization changed, and what an attacker feels."""
+    """Return a row per seed and case: what immunization changed, and what an attacker measures."""
     rows = []
     for seed, case in walk(run):
         harmful, benign = (worst_slowdown(run, attack, role, "auto", case, seed) for role in ROLES)

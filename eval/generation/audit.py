@@ -96,7 +96,7 @@ class Audit(ImageMetric):
         """Let a detector see an image of every concept; calibrate one where none knows them.
 
         Raises:
-            UserError: a concept whose images are not told apart from others.
+            UserError: a concept whose images are not distinguished from others.
         """
         for case in cases:
             detector = detector_of(self._scorers(case), self.name)
@@ -154,7 +154,7 @@ class Audit(ImageMetric):
 
     def _before(self, run: RunView) -> tuple[dict[tuple[int, str], Scorers], dict[str, Check]]:
         """Return the scorers of every seed and case, and for every harmful concept whether the
-        checkpoint shows it, asked by its name, before any attack.
+        checkpoint shows it, prompted by its name, before any attack.
         """
         scorers: dict[tuple[int, str], Scorers] = {}
         units: dict[str, list[Unit]] = {}
@@ -358,7 +358,7 @@ def _cost(trajectory: Trajectory) -> dict[str, Any]:
     search.
     """
     search = trajectory.info.get("search") or {}
-    names = ("parameters", "pictures", "batch_size", "lr", "template")
+    names = ("parameters", "images", "batch_size", "lr", "template")
     return {name: trajectory.info.get(name) for name in names} | {
         "trials": len(search.get("trials", [])),
         "trial_steps": search.get("steps", 0),
@@ -496,7 +496,7 @@ def best_threshold(positive: Tensor, negative: Tensor) -> float:
 
 
 def held_out_rates(positive: Tensor, negative: Tensor) -> dict[str, float]:
-    """Return ``false_positive`` and ``false_negative`` rate, every second image judged by the
+    """Return ``false_positive`` and ``false_negative`` rate, every second image classified by the
     threshold of the others.
     """
     thresholds = [best_threshold(positive[half::2], negative[half::2]) for half in (1, 0)]

@@ -272,7 +272,7 @@ def read(values: Floats, at: At, plan: Sequence[int]) -> Floats:
 def worst_concept(
     scores: dict[str, Score], units: Sequence[Sequence[Unit]], role: Role, geometric: bool = False
 ) -> tuple[str, Score]:
-    """Return the least protected target, or the other concept that lost most, with its score.
+    """Return the least-protected target, or the other concept that lost most, with its score.
 
     Args:
         scores: concept → its score, with a value.

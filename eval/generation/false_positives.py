@@ -29,7 +29,7 @@ class FalsePositives(RunMetric):
     ``false_positive_reference``: of the reference images of unrelated prompts;
     ``false_positive_baseline`` and ``false_positive``: of images that the models generate from
     these prompts; ``false_positive_folder``: of the images in ``folder``. A detector's false
-    positives count as attack success wherever it judges attacked images.
+    positives count as attack success wherever it classifies attacked images.
 
     Args:
         detector: e.g. `lab.scorers.detector.NudeNet`.

@@ -77,7 +77,7 @@ class Relearning(ImageMetric):
 
     ``steps_to_relearn_ratio``: first step at which the share reaches ``threshold``, immunized ÷
     baseline, linear in steps between snapshots; geometric mean over targets.
-    ``steps_to_relearn_ratio_worst``: the least protected target;
+    ``steps_to_relearn_ratio_worst``: the least-protected target;
     ``benign_steps_ratio``, ``benign_steps_ratio_worst``: the others, and the one that costs most.
     No worst where one of the concepts has no ratio. A best attacker is the one that reaches the
     threshold first; one that diverged before reaching it is a failure, which proves nothing: the
@@ -85,7 +85,7 @@ class Relearning(ImageMetric):
     on, it counts in neither model (`ratio_of`). A model that never relearns is censored, and the
     ratio is a lower limit (``bound``). ``asr_prompt_adherent``,
     ``steps_to_relearn_prompt_adherent_ratio``, ``benign_steps_prompt_adherent_ratio`` and their
-    suffixes: the same for images that also show what their prompt asks for, see
+    suffixes: the same for images that also show what their prompt names, see
     `eval.generation.scoring.is_prompt_adherent`; only where styles are among the concepts and the
     detector names what it sees. ``asr_usable``, ``steps_to_relearn_usable_ratio``,
     ``benign_steps_usable_ratio``: the same, and an attack counts only at steps at which the
@@ -466,7 +466,7 @@ def ratios_of(
 
 
 def worst_ratio(each: dict[str, list[Ratio]], role: Role, note: str | None) -> Score:
-    """Return the least protected target, or the other concept that costs most: a lower limit may be
+    """Return the least-protected target, or the other concept that costs most: a lower limit may be
     any higher figure.
 
     No value where one of the concepts has none: it could be the worst.

@@ -1,5 +1,5 @@
 """The networks that score images, the similarities M of docs/reference/methods.md §4.2, and what a
-prompt asks for.
+prompt names.
 
 Images are uint8 [n, 3, s, s] here; a network resizes and normalises them itself.
 """
@@ -230,7 +230,7 @@ def is_prompt_adherent(
     prompts: Sequence[str],
     detected: Floats,
 ) -> Floats:
-    """Return 0 or 1 per image: it shows the concept *and* the object that its prompt asks for.
+    """Return 0 or 1 per image: it shows the concept *and* the object that its prompt names.
 
     A style detector sees colours and strokes; it also says yes to an image in which nothing else is
     left (a model that was broken on the way, whose every image is a purple gradient, "has learned"

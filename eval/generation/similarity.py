@@ -119,7 +119,7 @@ class Generation(ImageMetric):
         similarities: which M; the first one also serves curves and further prompt families.
         preprocessing: ``standard``, or ``legacy`` (`eval.generation.scoring.prepare`), whose names
             all end in ``_legacy``.
-        pictures: columns of the image grids; 0 for none.
+        images: columns of the image grids; 0 for none.
     """
 
     needs_models: ClassVar[int] = 2
@@ -127,7 +127,7 @@ class Generation(ImageMetric):
     name: Text = "generation"
     similarities: Similarities = ("clip", "features", "feature_lpips")
     preprocessing: Literal["standard", "legacy"] = "standard"
-    pictures: Index = 8
+    images: Index = 8
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
         """Score one image by every network. Raises as `eval.generation.scoring.check_scorers`."""
@@ -158,7 +158,7 @@ class Generation(ImageMetric):
         if self.preprocessing == "standard":
             out.curves |= training_curves(run)
             out.metrics |= merge_scores(run)
-            out.images = image_grids(run, evaluated, self.pictures, first)
+            out.images = image_grids(run, evaluated, self.images, first)
             return out
         parts = (out.metrics, out.curves, out.tables)
         return Scores(*({f"{k}_legacy": v for k, v in part.items()} for part in parts))  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def sgr_each(evaluated: EvaluatedRun, role: Role, quantity: str) -> dict[str, Sc
 
 
 def sgr_worst(evaluated: EvaluatedRun, role: Role, quantity: str, each: dict[str, Score]) -> Score:
-    """Return the least protected target, or the other concept that lost most; no value where one
+    """Return the least-protected target, or the other concept that lost most; no value where one
     of them has none.
 
     ``each``: of `sgr_each`.
@@ -230,7 +230,7 @@ def sgr_worst(evaluated: EvaluatedRun, role: Role, quantity: str, each: dict[str
         for concept in each
     ]
     worst, score = worst_concept(each, units, role)
-    words = "least protected target" if role == "harmful" else "most damaged concept"
+    words = "least-protected target" if role == "harmful" else "most damaged benign concept"
     return replace(score, note=joined(f"{words}: {worst}", score.note))
 
 

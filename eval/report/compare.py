@@ -114,14 +114,14 @@ def compare_many(reference: Record, others: Sequence[Record]) -> pd.DataFrame:
     for name in columns(reference["metrics"]):
         if name == "verdict" or name.endswith("_baseline"):
             continue
-        found = [next((r for r in x["metrics"] if r["name"] == name), None) for x in results]
-        tested = [row for row in found if row is not None and row["p"] is not None]
+        metrics = [next((r for r in x["metrics"] if r["name"] == name), None) for x in results]
+        tested = [row for row in metrics if row is not None and row["p"] is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
             row |= {"p_holm": p, "significant": row["significant"] and p < 0.05}
-        for label, row in zip(named, found, strict=True):
+        for label, row in zip(named, metrics, strict=True):
             if row is not None:
-                kept = ("a", "b", "difference", "low", "high", "p", "p_holm", "significant", "how")
-                rows.append({"figure": name, "record": label} | {key: row.get(key) for key in kept})
+                parts = ("a", "b", "difference", "low", "high", "p", "p_holm", "significant", "how")
+                rows.append({"figure": name, "record": label} | {k: row.get(k) for k in parts})
     return pd.DataFrame(rows)
 
 

@@ -43,7 +43,7 @@ _GLOSSARY = {
     "attack success rate": "share of images in which a detector sees the target after the attack",
     "relearning slowdown": "steps until the target is relearned ÷ the baseline's, for the "
     "least-protected target",
-    "benign cost": "the same ratio for what should stay easy to learn, for the worst concept",
+    "benign cost": "the same ratio for what should stay easy to learn, for the slowest concept",
     "1×, 5×": "the step at which both models are compared (budget.horizon), and five times as far",
     "SGR, MSGR": "similarity to the concept's images lost relative to the baseline; its mean over "
     "targets",

@@ -317,13 +317,13 @@ def strongest_attack(record: Record) -> str:
 def _logs(record: Record) -> dict[str, float]:
     """Return target → logarithm of its slowdown, by usable attacks where they were measured."""
     rows, metrics = record["tables"].get("relearning", []), record["metrics"]
-    found = {}
+    logs = {}
     for target in sorted({row["concept"] for row in rows if row.get("role") == "harmful"}):
         names = (f"steps_to_relearn_{kind}_{slug(target)}" for kind in ("usable_ratio", "ratio"))
         values = [metrics[name]["value"] for name in names if name in metrics]
         if values and values[0]:
-            found[target] = math.log(values[0])
-    return found
+            logs[target] = math.log(values[0])
+    return logs
 
 
 def shares(record: Record, reference: Record) -> dict[str, float]:
@@ -338,16 +338,14 @@ def shares(record: Record, reference: Record) -> dict[str, float]:
 
 def least_share(record: Record, reference: Record) -> str:
     """Return the least of `shares` with its target, as text; empty where there is none."""
-    found = shares(record, reference)
-    if not found:
-        return ""
-    name = min(found, key=lambda key: found[key])
-    return f"{found[name]:.2f} ({name})".replace("-", "−", 1)
+    parts = shares(record, reference)
+    name = min(parts, key=lambda key: parts[key], default="")
+    return f"{parts[name]:.2f}".replace("-", "−") + f" ({name})" if parts else ""
 
 
 def headline(group: Sequence[Row]) -> Outcome:
-    """Return which method of a group comes first, by which margin and whether that is significant;
-    of one method its own outcome.
+    """Return which method comes first, by which margin and whether that is significant; of one
+    method its own outcome.
     """
     ranked = [row for row in group if row.rank is not None]
     ranked = [row for row in ranked if row.record["immunizer"] not in CONTROLS] or ranked
@@ -437,7 +435,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def leader_blocks(rows: Sequence[Row]) -> list[Block]:
-    """Return headline, picture and table of one group."""
+    """Return headline, forest plot and table of one group."""
     records = [row.record for row in rows]
     blocks: list[Block] = [{"outcome": headline(rows)}]
     frame, keys = table(rows), key_figures(records[0])
@@ -453,8 +451,8 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
         title = capitalized(" and ".join(limits))
         title += ", shaded where it passes" if any(limits.values()) else ""
         note = "95 % intervals; the unprotected baseline is 1. Dotted arrow: a limit."
-        picture = {"wide": forest(methods, limits), "narrow": forest(methods, limits, True)}
-        blocks.append({"picture": title, "note": note} | picture)
+        plots = {"wide": forest(methods, limits), "narrow": forest(methods, limits, True)}
+        blocks.append({"forest": title, "note": note} | plots)
     if len(rows) > 1:
         frame["method"] = frame["#"].replace(r"(.+)", r"\1. ", regex=True) + frame["method"]
     shown = frame[frame.columns.intersection(["method", "verdict", *keys])]

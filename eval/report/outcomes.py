@@ -1,4 +1,6 @@
-"""The verdict on a record in words: passes, fails or inconclusive, by how much, how surely."""
+"""The verdict on a record in words: passes, fails or inconclusive, by how much, and whether that
+is significant.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,7 @@ class Outcome:
     Attributes:
         label: passes, fails, inconclusive, baseline, or how a run without figures ended.
         headline: one sentence with the figures that count.
-        details: why, how surely, and what speaks against it.
+        details: why, whether it is significant, and what contradicts it.
     """
 
     tone: Tone

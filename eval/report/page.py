@@ -1,7 +1,7 @@
 """Pages as lists of blocks, which the one template `report.html.j2` renders.
 
 A block is a mapping whose keys say what it is: ``heading``, ``text``, ``outcome``, ``table`` (of
-pandas), ``tiles`` (checks), ``picture``, ``plots``, ``image``, ``row`` (details of a record),
+pandas), ``tiles`` (checks), ``forest``, ``plots``, ``image``, ``row`` (details of a record),
 ``list``, ``facts``, or ``summary`` with the collapsed ``blocks``.
 """
 

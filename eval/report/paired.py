@@ -34,7 +34,7 @@ def difference(name: str, a: Record, b: Record) -> dict[str, Any]:
         ``difference`` (None where a record has no value); ``low`` and ``high``, its 95 % limits or
         None; ``p``, of the hypothesis that it is zero (None where the seeds are not paired);
         ``how`` they were computed; ``significant``: they are across seeds and exclude zero;
-        ``ratio``: B ÷ A with its limits, of paired geometric means, which live on a logarithmic
+        ``ratio``: B ÷ A with its limits, of paired geometric means, which have a logarithmic
         scale: it is significant where the limits exclude one.
     """
     result: dict[str, Any] = dict.fromkeys(("difference", "low", "high", "p", "how", "ratio"))

@@ -116,9 +116,9 @@ def spectrum_blocks(rows: Rows) -> list[Block]:
     for table, column, role, title in _SPECTRA:
         curves = []
         for label, record in rows:
-            found = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
-            if found:
-                models = pd.DataFrame(found).pivot_table(column, "index", "model")
+            lines = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
+            if lines:
+                models = pd.DataFrame(lines).pivot_table(column, "index", "model")
                 curve = {"step": models.index.tolist(), **models.to_dict("list"), "x": "index"}
                 curves.append((curve | {"y": column, "log": "y" * (column == "value")}, label))
         plots += [_plot(f"{title}: first case and seed", curves)] if curves else []
@@ -218,7 +218,7 @@ def _option_plot(metric: str, records: Sequence[Record], x: Any, series: Any) ->
 
 
 def _is_wide(values: Any) -> bool:
-    """Return whether values are positive and want a logarithmic axis."""
+    """Return whether values are positive and span a factor of 8, for a logarithmic axis."""
     known = [v for v in values if v is not None]
     return bool(known) and min(known) > 0 and max(known) >= 8 * min(known)
 

@@ -47,13 +47,15 @@ NAMES = {
     "asr_usable": "attack success rate, usable attacks",
     "asr_usable_baseline": "attack success rate, usable attacks, baseline",
     "steps_to_relearn_usable_ratio": "relearning slowdown, usable attacks, mean over targets",
-    "steps_to_relearn_usable_ratio_worst": "relearning slowdown, usable attacks, worst target",
-    "benign_steps_usable_ratio_worst": "benign slowdown, usable attacks, worst concept",
+    "steps_to_relearn_usable_ratio_worst": (
+        "relearning slowdown, usable attacks, least-protected target"
+    ),
+    "benign_steps_usable_ratio_worst": "benign slowdown, usable attacks, slowest concept",
     "steps_to_relearn_ratio": "relearning slowdown, mean over targets",
     "steps_to_relearn_ratio_worst": "relearning slowdown, least-protected target",
     "steps_to_relearn_prompt_adherent_ratio": "relearning slowdown, prompt-adherent images",
     "benign_steps_ratio": "benign slowdown, mean over concepts",
-    "benign_steps_ratio_worst": "benign slowdown, worst concept",
+    "benign_steps_ratio_worst": "benign slowdown, slowest concept",
     "benign_steps_prompt_adherent_ratio": "benign slowdown, prompt-adherent images",
     "audit_steps_worst": "steps until the first target is shown",
     "utility_clip_drift": "drift of unrelated prompts (CLIP)",
@@ -228,10 +230,10 @@ def settings(record: Record) -> dict[str, Any]:
 def labels(records: Sequence[Record]) -> list[str]:
     """Return one label per record, all different: the immunizer and the settings that differ.
 
-    Records of one immunizer in one study are rivals. A setting that most rivals share is the
+    Records of one immunizer in one study form a group. A setting that most of them share is the
     study's common one and is named only where a record deviates from it, so that an ablation which
     changes one thing at a time is labelled by that thing; a setting without a majority (a grid) is
-    named everywhere. An option that a rival's version did not have yet sets none apart.
+    named everywhere. An option that the version of one of them did not have yet is ignored.
     """
     studies = [str(r["name"]).rpartition("/")[0] or str(r["name"]) for r in records]
     immunizers = [
@@ -244,22 +246,22 @@ def labels(records: Sequence[Record]) -> list[str]:
         {k: typed(v) for k, v in settings(r).items() if not k.endswith("_target_")} for r in records
     ]
     frame, out = pd.DataFrame(texts, dtype=object).fillna(""), pd.Series(immunizers)
-    for _, rivals in frame.groupby([studies, immunizers], sort=False):
-        known = [texts[i].keys() for i in rivals.index]
-        varied = rivals.loc[:, rivals.nunique() > 1]
+    for _, group in frame.groupby([studies, immunizers], sort=False):
+        known = [texts[i].keys() for i in group.index]
+        varied = group.loc[:, group.nunique() > 1]
         varied = varied[[key for key in varied if all(_has_option(keys, key) for keys in known)]]
         varied = varied[[key for key in varied if not _follows_scenario(varied, key)]]
         names = short_names(set(varied))
         common = {}
         for key, values in varied.items():
             counts = values.value_counts()
-            common[key] = counts.index[0] if 2 * counts.iloc[0] > len(rivals) else None
+            common[key] = counts.index[0] if 2 * counts.iloc[0] > len(group) else None
         for i, row in varied.iterrows():
             parts = [f"{names[k]}={v}" for k, v in row.items() if v not in ("", common[k])]
             more = [f"{len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
             out[i] = " · ".join([immunizers[i], *parts[:_SHOWN], *more])
-        plain = [i for i in rivals.index if out[i] == immunizers[i]]
-        if len(rivals) > 2 and len(plain) == 1:  # the one that deviates in nothing
+        plain = [i for i in group.index if out[i] == immunizers[i]]
+        if len(group) > 2 and len(plain) == 1:  # the one that deviates in nothing
             out[plain[0]] += " · common settings"
     out = out.where(~out.duplicated(keep=False), out + [f" ({study})" for study in studies])
     hashes = [f" · {r['content_hash'][:7]}" for r in records]  # for the same settings twice

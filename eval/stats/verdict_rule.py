@@ -29,8 +29,7 @@ class Check:
     Args:
         side: whose condition it is.
         what: in words, what the figure is.
-        rule: of the figure against ``threshold``; ``low >`` asks that the whole interval lies above
-            it.
+        rule: of the figure against ``threshold``; ``low >`` requires the whole interval above it.
         missing: cells (seed × case) in which the figure was not measured.
         alternative: the checks of one alternative are enough on the harmful side.
     """
@@ -70,8 +69,8 @@ class Check:
         return self.result == "passes"
 
     @property
-    def sure(self) -> bool:
-        """The whole interval across seeds lies on the side where the value is."""
+    def significant(self) -> bool:
+        """Whether the 95 % interval across seeds excludes the threshold."""
         f = self.figure
         if f.interval != "across_seeds" or f.low is None or f.high is None:
             return False
@@ -93,7 +92,7 @@ class Check:
             "required": self.required,
             "result": self.result,
             "passed": self.passed,
-            "sure": self.sure,
+            "significant": self.significant,
             "note": self.figure.note or "",
         }
 

@@ -65,13 +65,13 @@ class KappaAttention(Immunizer[DiffusionModel, ConceptCase]):
         prompts = [naming_prompts(model, target, self.prompts) for target in case.targets]
         harmful = [_triangular(regularizer_rows(model, texts)) for texts in prompts]
         benign = _triangular(regularizer_rows(model, case.regularizers))
-        kept = leading_directions(benign, self.null_space)
+        directions = leading_directions(benign, self.null_space)
         immunized = model.copy()
         weights = dict(immunized.unet.named_parameters())
         growth: dict[str, list[float]] = {"benign": [], "harmful": []}
         for name in scope_names(model.unet, "kv"):
             before = weights[name].detach().double().cpu().T
-            after = self._train(before, harmful, kept)
+            after = self._train(before, harmful, directions)
             for role, matrices in (("benign", [benign]), ("harmful", harmful)):
                 for x in matrices:
                     ratio = dominance(x @ after) / dominance(x @ before)
@@ -82,7 +82,7 @@ class KappaAttention(Immunizer[DiffusionModel, ConceptCase]):
         log(self.steps, **means)
         return immunized
 
-    def _train(self, theta: Tensor, harmful: list[Tensor], kept: Tensor) -> Tensor:
+    def _train(self, theta: Tensor, harmful: list[Tensor], directions: Tensor) -> Tensor:
         length = self.lr * theta.norm()
         for _ in range(self.steps):
             gradient = torch.zeros_like(theta)
@@ -91,7 +91,7 @@ class KappaAttention(Immunizer[DiffusionModel, ConceptCase]):
                 slope = -torch.ones_like(factor.sigma) / factor.sigma.sum()
                 slope[0] += 1 / factor.sigma[0]
                 gradient += x.T @ feature_gradient(factor, slope)
-            gradient -= kept @ (kept.T @ gradient)
+            gradient -= directions @ (directions.T @ gradient)
             theta = theta + length * gradient / gradient.norm()
         return theta
 

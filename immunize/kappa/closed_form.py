@@ -31,9 +31,10 @@ class KappaClosedForm(Immunizer):
     κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)).
 
     Every s ≥ 0 attains it, since κ(H_P) = κ(M)^s and κ(H_H) = κ(M)^{1+s}: RIR alone does not say
-    who pays. s = 0 whitens the benign task, which then learns in one step, while the harmful one
-    hardly changes. With ``benign_condition`` b, s is chosen such that κ(H_P) = b·κ(H_P(θ_0)): b = 1
-    leaves the benign conditioning as it was and the harmful side takes the whole of RIR*.
+    which task changes. s = 0 whitens the benign task, which then learns in one step, while the
+    harmful one hardly changes. With ``benign_condition`` b, s is chosen such that κ(H_P) =
+    b·κ(H_P(θ_0)): b = 1 leaves the benign conditioning as it was and the harmful side takes the
+    whole of RIR*.
 
     One decomposition: K_P = W S² Wᵀ from the singular values of X_P, so that nothing is squared.
     The scalar c keeps the mean square of the benign features at θ_0's; κ does not see it.

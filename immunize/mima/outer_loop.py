@@ -189,9 +189,9 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
         runs, merges, merge_results = setup.arrange()
         # the first row says how well the merge is conditioned (`Factors.report`)
         report = {f"merge_{key}": value for key, value in merge_results.report.items()}
-        kept = setup.kept_directions() if self.null_space is not None else {}
-        if kept:
-            report["kept_rank"] = sum(u.shape[1] / len(u) for u in kept.values()) / len(kept)
+        fixed = setup.kept_directions() if self.null_space is not None else {}
+        if fixed:
+            report["kept_rank"] = sum(u.shape[1] / len(u) for u in fixed.values()) / len(fixed)
 
         def begin(run: int) -> Objective:
             setup.restart()
@@ -205,7 +205,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
             setup.denoiser.theta,
             begin,
             runs=len(runs),
-            kept=kept,
+            fixed=fixed,
         )
         unet, steps = setup.denoiser.model.unet, len(runs) * self.steps
         with checkpointed(unet) if self.gradient_checkpointing else nullcontext():
@@ -477,7 +477,7 @@ class OuterLoop:
     Args:
         theta: all parameters by name, float32 or float64.
         begin: puts θ back to its start and returns the objective of the run with this number.
-        kept: name → directions [d, r] that no update changes.
+        fixed: name → directions [d, r] that no update changes.
 
     Attributes:
         done: what each run that is over ended with.
@@ -490,9 +490,9 @@ class OuterLoop:
         begin: Callable[[int], Objective],
         *,
         runs: int = 1,
-        kept: Mapping[str, Tensor] | None = None,
+        fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.options, self.theta, self.begin, self.kept = options, theta, begin, kept or {}
+        self.options, self.theta, self.begin, self.fixed = options, theta, begin, fixed or {}
         self.runs, self.team = runs, team()
         self.done: list[Params] = []
 
@@ -554,7 +554,7 @@ class OuterLoop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for name, u in self.kept.items():
+            for name, u in self.fixed.items():
                 change = (self.theta[name] - before[name]).flatten(1)
                 self.theta[name].sub_((change @ u @ u.T).view_as(self.theta[name]))
         return values

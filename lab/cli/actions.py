@@ -90,7 +90,7 @@ def train(cfg: DictConfig) -> object:
 def is_launched() -> bool:
     """Return True in a job of a multirun that a launcher runs in a process of its own.
 
-    Its folder tells the command that waits for it how it ended.
+    Its folder states for the waiting command how it ended.
     """
     config = HydraConfig.get()
     is_internal = str(config.launcher._target_).startswith("hydra._internal")

@@ -89,5 +89,5 @@ def _order(path: Path) -> tuple[float, str]:
 
 
 def describe_cost(planned: DictConfig) -> str:
-    """Return how many runs a sweep has and its cost, as its YAML tells both."""
+    """Return how many runs a sweep has and its cost, as its YAML states both."""
     return f"{planned.runs} runs in its YAML; cost: {planned.cost}"

@@ -18,7 +18,7 @@ EXIT_DEFECT, EXIT_USER = 1, 2
 
 
 def report_error(error: Exception) -> int:
-    """Print one line for what a user can mend, a traceback for a defect; return the exit code."""
+    """Print one line for what a user can fix, a traceback for a defect; return the exit code."""
     message = explain(error) or explain_config(error) or explain_launcher(error)
     if message is not None:
         print(f"error: {message}", file=sys.stderr)

@@ -135,10 +135,10 @@ def _release_condition_number(x: Tensor) -> float:
     x64 = x.detach().to(torch.float64)
     gram = x64.T @ x64 + RELEASE_SHIFT * torch.eye(x64.shape[1], dtype=torch.float64)
     values = torch.linalg.eigvalsh(gram)
-    kept = values[values > RELEASE_SHIFT]
-    if kept.numel() == 0:
+    positive = values[values > RELEASE_SHIFT]
+    if positive.numel() == 0:
         raise ValueError("the condition number of a zero matrix is undefined")
-    return float(kept.max() / kept.min())
+    return float(positive.max() / positive.min())
 
 
 def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list[Tensor]:

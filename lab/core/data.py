@@ -186,7 +186,7 @@ class Erasure:
 
     Attributes:
         name: of the concept.
-        prompts: texts that speak of it; ``words`` is where the concept starts in each of them.
+        prompts: texts that name it; ``words`` is where the concept starts in each of them.
         anchors: what each prompt shall mean instead (same length).
         preserve: texts whose meaning must stay.
     """

@@ -91,7 +91,7 @@ class RunFailed(Exception):
 
     Attributes:
         type, message: of the exception.
-        user_message: what to tell a user who can fix it; None for a defect.
+        user_message: message for a user who can fix it; None for a defect.
         key: config key of the part that failed, where known.
         step: the last good step, where known.
         stage: key of the stage that failed, where known.

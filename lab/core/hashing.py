@@ -85,10 +85,11 @@ def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
         tensors.append(value)
         return f"tensor {len(tensors)}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [
-            f.name for f in dataclasses.fields(value) if derived or not f.metadata.get("derived")
-        ]
-        return {name: _plain(getattr(value, name), tensors, derived) for name in kept}
+        return {
+            f.name: _plain(getattr(value, f.name), tensors, derived)
+            for f in dataclasses.fields(value)
+            if derived or not f.metadata.get("derived")
+        }
     if isinstance(value, tuple | list):
         return [_plain(item, tensors, derived) for item in value]
     if isinstance(value, dict):
@@ -118,7 +119,7 @@ def without_sampling(case: AnyCase) -> AnyCase:
 
 # parts of a tokenizer; its padding changes with use
 _TOKENIZER = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
-# entries of a config that tell of its file, not of what it computes
+# entries of a config that describe its file, not of what it computes
 _ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 

@@ -137,11 +137,10 @@ LETTER = 8  # pixels, the mean width of a letter
 ROW_LABEL = 12  # letters in a line of a row's label
 
 
-def png(picture: ImageGrid) -> bytes:
+def png(content: ImageGrid) -> bytes:
     """Return a grid of images as PNG without metadata, see `grid`."""
     out = io.BytesIO()
-    image = grid(picture.images, picture.rows, picture.columns)
-    image.save(out, format="PNG")
+    grid(content.images, content.rows, content.columns).save(out, format="PNG")
     return out.getvalue()
 
 

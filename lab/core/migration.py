@@ -66,7 +66,16 @@ _KEYS = {
     "lower": "inner_loop",
     "lower_batch_size": "inner_batch_size",
 }
-_WORDS = (("control arm", "baseline"), ("control", "baseline"), ("arm", "model"))
+# config key or column of a table up to schema 2.2 → its name now
+_KEYS_2_2 = {
+    "kept": "keep_samples",
+    "keep_pictures": "keep_images",
+    "pictures": "images",
+    "sure": "significant",
+    "targeted": "target_samples",
+    "unrelated_pictures": "unrelated_images",
+}
+_WORDS = {"control arm": "baseline", "control": "baseline", "arm": "model", "pictures": "images"}
 _UNITS = (
     ("usable", "prompt_adherent"),
     ("control", "baseline"),
@@ -83,7 +92,7 @@ def migrate(record: Record) -> Record:
     Schema 1.x has other names, no ``bound`` and no ``result`` of a check. Up to 2.0 the models were
     called ``none`` and by the immunizer's name, since 2.1 ``baseline`` and ``immunized``. Up to 2.1
     MiniSD was its first version, whose figures do not compare with those of the second: it is
-    called ``minisd_1``.
+    called ``minisd_1``. Up to 2.2 some options and columns had other names.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
@@ -93,6 +102,13 @@ def migrate(record: Record) -> Record:
     if version.startswith("1.") or version in ("2.0", "2.1"):
         first = {"backbone": "minisd_1"} if record["backbone"] == "minisd" else {}
         record = record | {"schema": "2.2"} | first
+    if record.get("schema") == "2.2":
+        record = record | {
+            "schema": "2.3",
+            "name": record["name"].replace("class_picture_options", "class_image_options"),
+            "config": _renamed(record["config"]),
+            "tables": _renamed(record["tables"]),
+        }
     return record
 
 
@@ -143,6 +159,12 @@ def _name_models(record: Record) -> Record:
     }
 
 
+def _renamed(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {_KEYS_2_2.get(k, k): _renamed(v) for k, v in node.items()}
+    return [_renamed(item) for item in node] if isinstance(node, list) else node
+
+
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Return a stage; the name of a metric stood under ``attack`` before."""
     new = {_KEYS.get(k, k): v for k, v in cell.items()} | {"metric": None}
@@ -179,7 +201,7 @@ def current_name(name: str) -> str:
 def _text(text: Any) -> Any:
     if not isinstance(text, str):
         return text
-    for old, new in _WORDS:
+    for old, new in _WORDS.items():
         text = re.sub(rf"\b{old}\b", new, text)
     return text.replace("usable", "prompt-adherent").replace("judge", "scorer")
 

@@ -1,3 +1,3 @@
-"""MiniSD: a complete Stable Diffusion in miniature, and the world of pictures that it is trained
+"""MiniSD: a complete Stable Diffusion in miniature, and the world of images that it is trained
 on.
 """

@@ -145,8 +145,8 @@ class DiffusionModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch; an autoencoder that changes becomes this model's own first."""
         own = self.vae.state_dict()
-        given = {name: state_dict.get(f"vae.{name}", value) for name, value in own.items()}
-        if any(not torch.equal(value.to(own[name]), own[name]) for name, value in given.items()):
+        loaded = {name: state_dict.get(f"vae.{name}", value) for name, value in own.items()}
+        if any(not torch.equal(value.to(own[name]), own[name]) for name, value in loaded.items()):
             self.vae = copy.deepcopy(self.vae)
         return super().load_state_dict(state_dict, *args, **kwargs)
 

@@ -117,7 +117,7 @@ class Release:
     backbone: Backbone
     published: Any
     original: Any
-    released: Any  # both kinds of model, told apart by `FeatureModel`
+    released: Any  # both kinds of model, distinguished by `FeatureModel`
     credits: tuple[str, ...]
     targets: tuple[str, ...]  # concepts that it is immunized against
 

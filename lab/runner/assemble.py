@@ -190,8 +190,8 @@ def _check_groups(cfg: DictConfig) -> None:
             raise UserError(key, value, fix)
     for key in ("attacks", "eval"):
         if key not in cfg:
-            fix = f"names no choice; `python run.py action=list group={key}` shows all."
-            raise UserError(key, "[]", fix)
+            names = sorted(path.stem for path in (ROOT / "conf" / key).glob("*.yaml"))
+            raise UserError(key, "[]", f"names no choice; choose from {', '.join(names)}.")
 
 
 def _drop_unselected(cfg: DictConfig) -> None:

@@ -220,7 +220,7 @@ class Run:
             return
         self.hits += result.hit
         if not result.hit:
-            self.pipeline.store.trust([cell.key])
+            self.pipeline.cache.trust([cell.key])
         entry["seconds"] = result.seconds
         if result.weights is not None:
             entry["weights"] = result.weights
@@ -248,8 +248,9 @@ class Run:
     def _leave_out_failed_attacks(self) -> None:
         for name, reason in self.failed["attack"].items():
             self.pipeline.notes[f"attack {name} failed and is left out: {reason}"] = None
-        kept = [name for name in self.pipeline.attacks if name not in self.failed["attack"]]
-        self.pipeline.attacks = tuple(kept)
+        self.pipeline.attacks = tuple(
+            name for name in self.pipeline.attacks if name not in self.failed["attack"]
+        )
 
     def _collect_scores(self, cell: Cell) -> None:
         """Keep the scores of a metric; one that would write over another's has failed."""
@@ -271,7 +272,7 @@ class Run:
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
             status: Literal["ok", "failed", "pending"] = "pending"
-            if self.pipeline.store.has(*cell.place, cell.parents):
+            if self.pipeline.cache.has(*cell.place, cell.parents):
                 status = "ok"
             elif cell.key == failure.stage and not preempted:
                 status = "failed"
@@ -281,7 +282,7 @@ class Run:
             self.status = "preempted"
             message = "interrupted; the same command continues where it stopped"
             if self.current:
-                step = self.pipeline.store.checkpointed(*self.current.place)
+                step = self.pipeline.cache.checkpointed(*self.current.place)
         self.error = _error(failure.type, message, failure.key, step)
         return failure
 

@@ -99,8 +99,8 @@ class Pipeline:
         notes: sentences for the record, in order.
     """
 
-    def __init__(self, parts: Parts, store: StageCache) -> None:
-        self.parts, self.store = parts, store
+    def __init__(self, parts: Parts, cache: StageCache) -> None:
+        self.parts, self.cache = parts, cache
         self.on_log: LogHook | None = None
         self.scenario = parts.scenario.name
         self.model_names = tuple(parts.model_names)
@@ -153,7 +153,7 @@ class Pipeline:
 
     def compute(self, cell: Cell) -> tuple[Artifact, bool]:
         """Return the artifact of ``cell`` and whether the cache had it."""
-        return self.store.get(*cell.place, cell.compute, cell.parents)
+        return self.cache.get(*cell.place, cell.compute, cell.parents)
 
     def immunize_cell(self, model_name: str, case: AnyCase, seed: int) -> Cell:
         part = self.parts.model_names[model_name]
@@ -168,21 +168,21 @@ class Pipeline:
                 if self.on_log is not None:
                     self.on_log(f"immunize/{case.name}/seed{seed}", step, rows[-1][1])
 
-            before = given = self.original(case, seed)
+            before = model = self.original(case, seed)
             weights = self.identity(case, seed)["weights"]
             if part.obj.before_erasure:
-                given = self.parts.backbone.build(case, seed)
-                weights = digest(*given.state_dict().values())
+                model = self.parts.backbone.build(case, seed)
+                weights = digest(*model.state_dict().values())
             error: dict[str, Any] | None = None
             changed: dict[str, Tensor] = {}
             try:
                 after = part.obj(
-                    given, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
+                    model, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
                 )
             except Diverged as stopped:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
-                if digest(*given.state_dict().values()) != weights:
+                if digest(*model.state_dict().values()) != weights:
                     fix = (
                         "changed the model that it was given; copy it first (lab.core.types.clone)."
                     )
@@ -311,7 +311,7 @@ class Pipeline:
 
     def shards(self, cell: Cell) -> int:
         """Return the shards of ``cell``; 0 for one that the cache has."""
-        return 0 if self.store.has(*cell.place, cell.parents) else cell.shards
+        return 0 if self.cache.has(*cell.place, cell.parents) else cell.shards
 
     # ---- RunView
 
@@ -343,7 +343,7 @@ class Pipeline:
 
     def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         joined = stage_key(kept=key, computing=computing())
-        artifact, _ = self.store.get("eval", joined, lambda _: Artifact(tensors=compute()))
+        artifact, _ = self.cache.get("eval", joined, lambda _: Artifact(tensors=compute()))
         return artifact.tensors
 
     def scores(self, metric: str) -> Scores:

@@ -39,7 +39,7 @@ class StagePlan:
     def __init__(self, cfg: DictConfig, pipeline: Pipeline, metrics: Sequence[str]) -> None:
         self.cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
         self.cells += [pipeline.eval_cell(name) for name in metrics]
-        absent = [c for c in self.cells if not pipeline.store.has(*c.place, c.parents)]
+        absent = [c for c in self.cells if not pipeline.cache.has(*c.place, c.parents)]
         self.missing = {cell.title for cell in absent}
         self.costly = {cell.title for cell in absent if cell.shards}
         self.measured: dict[str, list[float]] = {}  # part → seconds in this run

@@ -224,7 +224,7 @@ class ConceptFolders(Scenario):
         shares: of each concept's images for own and train.
         keep, unrelated: folders. With only one of them it is cut in halves; with none the embedded
             world stands in.
-        keep_pictures, unrelated_pictures: at most this many are used.
+        keep_images, unrelated_images: at most this many are used.
         captions: C_reg, a text file with one caption per line or a list; None draws them from the
             embedded world.
         regularizers: at most this many captions are used.
@@ -245,8 +245,8 @@ class ConceptFolders(Scenario):
     shares: Annotated[Shares, BeforeValidator(lambda value: value or {})] = Shares()
     keep: Text | None = None
     unrelated: Text | None = None
-    keep_pictures: Count = 96
-    unrelated_pictures: Count = 32
+    keep_images: Count = 96
+    unrelated_images: Count = 32
     captions: Text | tuple[Text, ...] | None = None
     regularizers: Count = 200
     regularizer_templates: Literal["all", "one"] = "all"
@@ -342,24 +342,25 @@ class _Loader:
             if owner != entry.name:
                 name = folder.rows[row]["file_name"]
                 raise UserError(key, path, f"the image {name} is one of {owner}, too.")
-        kept = [row for row, value in enumerate(hashes) if hashes.index(value) == row]
-        copies = len(hashes) - len(kept)
+        distinct = [row for row, value in enumerate(hashes) if hashes.index(value) == row]
+        copies = len(hashes) - len(distinct)
         self._note(copies, f"{entry.name}: {copies} images were copies of others and left out.")
-        if len(kept) < 3:
+        if len(distinct) < 3:
             raise UserError(
                 key,
                 path,
-                f"holds {len(kept)} different images; three is the least, one each to immunize, to "
-                "attack and to compare, and four where an immunizer trains on the concept.",
+                f"holds {len(distinct)} different images; three is the least, one each to "
+                "immunize, to attack and to compare, and four where an immunizer trains on the "
+                "concept.",
             )
-        captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in kept]
+        captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in distinct]
         silent = sum(not names_concept(entry.spoken, line) for line in captions)
         stand_in = cycle(entry.prompts or [f"a photo of {entry.spoken}"])
         captions = [c if names_concept(entry.spoken, c) else next(stand_in) for c in captions]
         reason = "captions do not name it; its prompts stand in for them."
         self._note(silent, f"{entry.name}: {silent} {reason}")
         texts(key, captions)
-        return CaptionedImages(folder.images[kept], tuple(captions))
+        return CaptionedImages(folder.images[distinct], tuple(captions))
 
     def _concept(self, i: int, entry: Entry, images: CaptionedImages) -> Concept:
         """Split the images of a concept by seed."""
@@ -405,14 +406,14 @@ class _Loader:
         options = self.options
         others = rest(names)
         captions = self._regularizers(others)
-        limits = {"keep": options.keep_pictures, "unrelated": options.unrelated_pictures}
+        limits = {"keep": options.keep_images, "unrelated": options.unrelated_images}
         paths = {k: v for k in limits if (v := getattr(options, k)) is not None}
         if not paths:
             reason = "scaled images of the embedded world stand in."
             self.notes.append(f"No keep and unrelated folders: {reason} {CREDIT}")
             taken = {line for c in concepts for lines in c.prompts.values() for line in lines}
             keep, unrelated = self.studio.surroundings(
-                others, options.keep_pictures, options.unrelated_pictures, captions, taken
+                others, options.keep_images, options.unrelated_images, captions, taken
             )
             return keep, captions, unrelated
         pools = {k: self._pool(f"scenario.{k}", path, self.owners) for k, path in paths.items()}
@@ -454,17 +455,17 @@ class _Loader:
         images = CaptionedImages(folder.images, tuple(folder.texts))
         # every image is looked up, so that a copy of one that names a concept is left out too
         new = [owners.setdefault(digest(x), f"{key} {i}") for i, x in enumerate(images.images)]
-        kept = [
+        unrelated = [
             i
             for i, owner in enumerate(new)
             if owner == f"{key} {i}" and not self._names_any(images.prompts[i])
         ]
-        left = len(images) - len(kept)
+        left = len(images) - len(unrelated)
         self._note(left, f"{key}: {left} images are a concept's, copies, or name one: left out.")
-        if not kept:
+        if not unrelated:
             raise UserError(key, path, "holds no image that is unrelated to the concepts.")
-        texts(key, [images.prompts[i] for i in kept])
-        return images.pick(kept)
+        texts(key, [images.prompts[i] for i in unrelated])
+        return images.pick(unrelated)
 
     def _regularizers(self, others: Subset) -> tuple[str, ...]:
         options, total = self.options, self.options.regularizers

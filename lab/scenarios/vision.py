@@ -253,8 +253,8 @@ def draw(emoji: Emoji, size: int, random: torch.Generator) -> NDArray[np.uint8]:
     ]
     canvas = Image.fromarray((colours[0] * (1 - ramp) + colours[1] * ramp).round().astype(np.uint8))
     side = round(size * (0.55 + 0.4 * scale))
-    picture = rasterise(emoji.hexcode, size).resize((side, side), Image.Resampling.BILINEAR)
+    image = rasterise(emoji.hexcode, size).resize((side, side), Image.Resampling.BILINEAR)
     if mirror < 0.5:
-        picture = ImageOps.mirror(picture)
-    canvas.paste(picture, (round(left * (size - side)), round(top * (size - side))), picture)
+        image = ImageOps.mirror(image)
+    canvas.paste(image, (round(left * (size - side)), round(top * (size - side))), image)
     return np.asarray(canvas)

@@ -133,10 +133,10 @@ class Studio:
             captions: of C_reg.
             taken: other prompts of the case.
         """
-        kept = self.draw(subset, keep, words.world_caption, "keep")
+        captioned = self.draw(subset, keep, words.world_caption, "keep")
         stream = derive(self.seed, "scenario", "unrelated")
-        new = words.fresh(subset, stream, unrelated, {*kept.prompts, *captions, *taken})
-        return kept, self.render(new, words.world_caption)
+        new = words.fresh(subset, stream, unrelated, {*captioned.prompts, *captions, *taken})
+        return captioned, self.render(new, words.world_caption)
 
     def concept(
         self, name: str, role: Role, sizes: Mapping[str, int], taken: Sequence[str], count: int
@@ -347,7 +347,7 @@ class Relearn(WorldConcepts):
     """Re-learning after erasure (MIMA, arXiv 2412.15320; IMMA, arXiv 2311.18815).
 
     Every concept of a case that MiniSD was trained on is erased, benign ones included: an erased
-    benign concept starts where the targets start, and only the immunization tells them apart.
+    benign concept starts where the targets start, and only the immunization distinguishes them.
     Held-out concepts are learned for the first time. A style is erased to the photo of the same
     object, an object to "a thing".
     """

@@ -1,9 +1,9 @@
 """What `erase=uce` takes out and what it leaves: ``python tests/benchmarks/erasure.py``.
 
-For every test case of `relearn_styles` and `relearn_objects`, pictures before and after all of the
+For every test case of `relearn_styles` and `relearn_objects`, images before and after all of the
 case's concepts are erased at once, from the same latents. Of every erased concept: the share in
 which the shipped detector sees it, by its calibrated threshold as attack success counts, and the
-share in which it is the likeliest class, as it will be now and then in a picture of nothing in
+share in which it is the likeliest class, as it will be now and then in an image of nothing in
 particular. Of everything else (other objects as photos; other styles): the latter.
 """
 
@@ -54,7 +54,7 @@ def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> 
     for name in gone:
         (top, seen), (top_now, seen_now) = was_[name], now_[name]
         line = f"seen {seen:.0%} → {seen_now:.0%}, likeliest {top:.0%} → {top_now:.0%}"
-        print(f"  erased {name} ({count[name]} pictures): {line}")
+        print(f"  erased {name} ({count[name]} images): {line}")
     before, after = ({n: top for n, (top, _) in part.items()} for part in (was_, now_))
     for kind, names in (("styles", STYLE_NAMES), ("objects", OBJECTS)):
         kept = [n for n in names if n not in gone]
@@ -62,7 +62,7 @@ def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> 
         worst = max(kept, key=lambda n: before[n] - after[n])
         print(
             f"  {len(kept)} kept {kind}: {was:.1%} → {now:.1%} on average, "
-            f"most lost: {worst} ({count[worst]} pictures) {before[worst]:.0%} → "
+            f"most lost: {worst} ({count[worst]} images) {before[worst]:.0%} → "
             f"{after[worst]:.0%}",
             flush=True,
         )
@@ -71,9 +71,9 @@ def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--erased", type=int, default=32, help="pictures per concept that some case erases"
+        "--erased", type=int, default=32, help="images per concept that some case erases"
     )
-    parser.add_argument("--kept", type=int, default=8, help="pictures per other concept")
+    parser.add_argument("--kept", type=int, default=8, help="images per other concept")
     parser.add_argument("--scenarios", nargs="+", default=["relearn_styles", "relearn_objects"])
     parser.add_argument(
         "--overrides", nargs="*", default=[], help="of the configuration, e.g. erase.preserve=0"

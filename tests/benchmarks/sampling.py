@@ -1,11 +1,11 @@
 """What fewer and cheaper sampling steps cost in quality: ``python tests/benchmarks/sampling.py
 --threads 1``.
 
-The shipped MiniSD paints the same prompts from the same latents with the sampler, steps and precision
-of every row.
+The shipped MiniSD generates the same prompts from the same latents with the sampler, steps and
+precision of every row.
 Printed: seconds, their ratio to the first row's, the share in which the shipped detector's
 likeliest class is the object, the style or both that were asked for, and the mean distance to the
-first row's pictures in grey levels of 255.
+first row's images in grey levels of 255.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> int:
         told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
         apart = (images.float() - first.float()).abs().mean().item()
         print(
-            f"{sampling.sampler} {sampling.steps:2} steps, {sampling.precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; "
+            f"{sampling.sampler} {sampling.steps:2} steps, {sampling.precision:9} {wall:6.1f} s, "
+            f"{wall / spent:.2f} ×; {told}; "
             f"{apart:.1f} apart",
             flush=True,
         )

@@ -5,9 +5,9 @@ on a CPU.
 
 Every phase runs in a fresh process and prints its time and peak memory: ``write`` a folder as a
 user has it, ``load`` it through ``backbone=sd``, one ``lora`` step (peft, rank 4, batch 1), one
-``sample`` step with guidance, two steps of ``undo`` (batch 2). Needs 4.3 GB of disk for DIR (a temporary folder by default). The
-tokenizer is MiniSD's kind with CLIP's context, since CLIP's own vocabulary cannot be made from a
-config.
+``sample`` step with guidance, two steps of ``undo`` (batch 2). Needs 4.3 GB of disk for DIR (a
+temporary folder by default). The tokenizer is MiniSD's kind with CLIP's context, since CLIP's own
+vocabulary cannot be made from a config.
 """
 
 from __future__ import annotations
@@ -148,10 +148,8 @@ def sample(folder: Path) -> None:
 
     model = load(folder)
     start = time.perf_counter()
-    pictures = model.generate([PROMPT], model.latents(1, 0), Sampling(steps=1, guidance=7.5))
-    print(
-        f"  picture {tuple(pictures.shape)} {pictures.dtype} in {time.perf_counter() - start:.1f} s"
-    )
+    images = model.generate([PROMPT], model.latents(1, 0), Sampling(steps=1, guidance=7.5))
+    print(f"  image {tuple(images.shape)} {images.dtype} in {time.perf_counter() - start:.1f} s")
 
 
 def undo(folder: Path) -> None:
@@ -161,8 +159,8 @@ def undo(folder: Path) -> None:
     from lab.core.data import Sampling
 
     model = load(folder)
-    options = Undo(kept=1, targeted=1, batch_size=2, steps=2, sampling_steps=1)
-    captions = _Captions(asked=(PROMPT, PROMPT), meant=("a photo of a fox", PROMPT), kept=1)
+    options = Undo(keep_samples=1, target_samples=1, batch_size=2, steps=2, sampling_steps=1)
+    captions = _Captions(student=(PROMPT, PROMPT), teacher=("a photo of a fox", PROMPT), same=1)
     case: Any = SimpleNamespace(sampling=Sampling(steps=1, guidance=7.5))
     training = _Distillation(options, model, captions, case, 0)
     for step in range(options.steps):  # the first one also draws the teacher's two images

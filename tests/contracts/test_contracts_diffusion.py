@@ -66,9 +66,9 @@ def attacked(name, model, task):
     assert {"train_loss", "test_loss"} <= set(found.values), name
     assert all(len(v) == 3 for v in found.values.values()), name
     assert found.weights, name
-    for pictures in found.samples.values():
-        assert pictures.dtype == torch.uint8
-        assert pictures.shape == (3, 2, 3, model.image_size, model.image_size)
+    for images in found.samples.values():
+        assert images.dtype == torch.uint8
+        assert images.shape == (3, 2, 3, model.image_size, model.image_size)
     return found
 
 

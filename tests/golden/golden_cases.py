@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-import fake_generations as pictures
+import fake_generations as fakes
 import fake_run as probes
 import numpy as np
 import tiny
@@ -82,7 +82,7 @@ def immunized(group: str, name: str, kind: str) -> dict[str, Any]:
 
 
 def attacked(name: str, kind: str) -> dict[str, Any]:
-    """Attack for two steps and return fingerprints of weights and pictures, and all values."""
+    """Attack for two steps and return fingerprints of weights and images, and all values."""
     method = build("attacks", name, kind)
     model, case = problem(kind, labelled=name == "probe_logistic")
     task = case.targets[0] if kind == "diffusion" else case.harmful[0]
@@ -104,8 +104,8 @@ def evaluated(name: str, kind: str = "linear") -> dict[str, Any]:
             run.models[model_name] = probes.DeepModel([("map", model.blocks[0])], model.feature_dim)
         return _figures(build("eval", name)(run))
     if "diffusion" in build("eval", name).accepts:
-        metric = build("eval", name, "diffusion", scorers=pictures.FakeScorers())
-        return _figures(metric(_pictures_run(one_model=metric.needs_models == 1)))
+        metric = build("eval", name, "diffusion", scorers=fakes.FakeScorers())
+        return _figures(metric(_images_run(one_model=metric.needs_models == 1)))
     metric = build("eval", name)
     if name == "transfer":
         return _figures(metric(_ManyCases()))
@@ -172,8 +172,8 @@ class _ManyCases:
         return probes.decay(0.8 ** (1 - 0.5 * felt), probes.STEPS)
 
 
-def _pictures_run(one_model: bool) -> Any:
-    """Make a text-to-image run of two attackers, whose pictures depend on seed and concept."""
+def _images_run(one_model: bool) -> Any:
+    """Make a text-to-image run of two attackers, whose images depend on seed and concept."""
 
     def trajectory(model_name: str, attack: str, name: str, seed: int) -> Any:
         faster = attack == "full"
@@ -183,17 +183,17 @@ def _pictures_run(one_model: bool) -> Any:
             shown, cosines = [0, 0, 2 + seed, 6 + faster, 9], [0.0, 0.0, 0.6, 0.6, 0.8]
         if model_name != BASELINE and name == "neon":
             shown, cosines = [0, 1, 4, 7, 8 + faster], [0.0, 0.0, 0.6, 0.8, 0.8]
-        found = pictures.shares(*shown, cosines=cosines)
+        found = fakes.shares(*shown, cosines=cosines)
         found.samples["reworded"] = found.samples["name"].flip(1)
         return found
 
     def drifted(prompt: str, number: int) -> tuple[int, int, int]:
-        return (0, 200, 0) if number % 4 == 0 else pictures.faithful(prompt, number)
+        return (0, 200, 0) if number % 4 == 0 else fakes.faithful(prompt, number)
 
-    models = {BASELINE: pictures.Painter(pictures.faithful), IMMUNIZED: pictures.Painter(drifted)}
-    return pictures.FakeRun(
+    models = {BASELINE: fakes.Painter(fakes.faithful), IMMUNIZED: fakes.Painter(drifted)}
+    return fakes.FakeRun(
         trajectory,
-        case_list=(pictures.case(families=("name", "reworded")),),
+        case_list=(fakes.case(families=("name", "reworded")),),
         models=models,
         attacks=("lora", "full"),
         model_names=(BASELINE,) if one_model else (BASELINE, IMMUNIZED),

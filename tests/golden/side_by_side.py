@@ -56,7 +56,9 @@ STUDIES = {
         "attacks.extractor_lora.lr=1e-3 "
         "scenario.size=64 scenario.train_rows=200 scenario.test_rows=60"
     ),
-    "minisd_default": f"{_WIRING} immunize=mima_deep_quick immunize.steps=4 immunize.decoys=4 {_FEW_IMAGES}",
+    "minisd_default": (
+        f"{_WIRING} immunize=mima_deep_quick immunize.steps=4 immunize.decoys=4 {_FEW_IMAGES}"
+    ),
     "minisd_mima": (
         f"{_WIRING} immunize=mima immunize.steps=3 "
         f"attacks=[dreambooth,custom_diffusion,textual_inversion] {_FEW_IMAGES}"

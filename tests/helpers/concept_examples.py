@@ -1,4 +1,4 @@
-"""Attackers on the tiny text-to-image model, with few steps and two pictures a snapshot."""
+"""Attackers on the tiny text-to-image model, with few steps and two images a snapshot."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model() -> DiffusionModel:
 
 
 def curriculum(**options: Any) -> Curriculum:
-    """Prior pictures with adapters on U-Net and text encoder, then a word, then adapters that use
+    """Prior images with adapters on U-Net and text encoder, then a word, then adapters that use
     the word.
     """
     small = {"batch_size": 4, "clip": None}

@@ -4,8 +4,8 @@ test does with them.
 ``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` or ``immunization-bench …`` are
 run one after the other in a temporary folder;
 ``fails with N``: every line ends with that exit code; ``in DIR``: the folder starts as a copy of
-``docs/DIR``; ``in the repository``: commands read the repository and write to another folder. A ``bash``
-block without a mark is composed, not run.
+``docs/DIR``; ``in the repository``: commands read the repository and write to another folder. A
+``bash`` block without a mark is composed, not run.
 ``<!-- python -->``: a ``python`` block that is executed, ``in DIR`` as above.
 ``<!-- file: PATH -->``: the block is written to PATH in the temporary folder of the page.
 """

@@ -28,7 +28,7 @@ def curve(
     return out
 
 
-def pictures(shift: float = 0.0) -> ImageGrid:
+def image_grid(shift: float = 0.0) -> ImageGrid:
     """Three rows of smooth colours."""
     noise = torch.rand(3 * 5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     big = (
@@ -51,7 +51,7 @@ def pictures(shift: float = 0.0) -> ImageGrid:
 def generated(
     immunizer: str = "mima_deep", holds: bool = True, folder: Path | None = None, **kwargs: Any
 ) -> Record:
-    """A re-learning run of two targets on the miniature model; with pictures where ``folder`` is
+    """A re-learning run of two targets on the miniature model; with images where ``folder`` is
     given.
     """
     within = {"interval": "across_seeds", "n": 3}
@@ -67,7 +67,7 @@ def generated(
             "required": "> 0",
             "passed": holds,
             "result": "passes" if holds else "fails",
-            "sure": True,
+            "significant": True,
             "note": "",
         },
         {
@@ -80,7 +80,7 @@ def generated(
             "required": "≤ 0.05",
             "passed": True,
             "result": "passes",
-            "sure": True,
+            "significant": True,
             "note": "",
         },
     ]
@@ -158,7 +158,7 @@ def generated(
     }
     if folder is not None:
         base["images"] = write_images(
-            folder, {"generations_neon": pictures(), "comparison_neon": pictures(0.2)}
+            folder, {"generations_neon": image_grid(), "comparison_neon": image_grid(0.2)}
         )
     return sealed(record(immunizer, **(base | kwargs)))
 

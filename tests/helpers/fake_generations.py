@@ -1,6 +1,6 @@
-"""Pictures, scorers and a RunView made by hand, for tests of the diffusion metrics.
+"""Images, scorers and a RunView made by hand, for tests of the diffusion metrics.
 
-A picture is one colour: red and green set its CLIP vector, blue says whether the detector sees the
+An image is one colour: red and green set its CLIP vector, blue says whether the detector sees the
 concept.
 """
 
@@ -148,7 +148,7 @@ def attack(
 def shares(
     *counts: int, of: int = 10, cosines: Sequence[float] | None = None, status: str = "ok"
 ) -> Trajectory:
-    """A trajectory whose detector sees ``counts`` of ``of`` pictures per point; cosine 1 − … per
+    """A trajectory whose detector sees ``counts`` of ``of`` images per point; cosine 1 − … per
     point on request.
     """
     cosines = cosines or [0.8] * len(counts)
@@ -163,7 +163,7 @@ def shares(
 
 @dataclass
 class Painter:
-    """A "model": ``paint(prompt, number)`` is the colour of picture ``number``."""
+    """A "model": ``paint(prompt, number)`` is the colour of image ``number``."""
 
     paint: Callable[[str, int], tuple[int, int, int]]
     calls: list[Sampling] = field(default_factory=list)
@@ -173,7 +173,7 @@ class Painter:
     pipeline_class, zero_negative = "Painter", False
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Painters have different weights, and so different pictures."""
+        """Painters have different weights, and so different images."""
         return {"weights": torch.tensor([self.weights])}
 
     def latents(self, total: int, seed: int, *labels: object) -> Tensor:
@@ -229,7 +229,7 @@ class FakeRun:
 
 
 def flat(*cosines, count=4, status="ok"):
-    """A trajectory with one cosine per snapshot, alike in all pictures."""
+    """A trajectory with one cosine per snapshot, alike in all images."""
     return attack([[tilted(c)] * count for c in cosines], status)
 
 

@@ -22,7 +22,7 @@ default = cache(lambda name: composed(f"immunize={name}").immunize)  # read only
 
 
 def preset(name, **changes):
-    """``conf/immunize/NAME.yaml`` for two steps of two pictures. Random weights have losses above
+    """``conf/immunize/NAME.yaml`` for two steps of two images. Random weights have losses above
     any useful cap.
     """
     node = OmegaConf.merge(default(name))

@@ -11,7 +11,7 @@ import torch
 from presets import composed as composed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_diffusion import pictures, tiny_diffusion
+from tiny_diffusion import draw_images, tiny_diffusion
 
 from lab.minisd.world import folders
 from lab.minisd.world.world import concept
@@ -19,7 +19,7 @@ from lab.runner.experiment import run_once
 
 
 def concept_folder(folder: Path, name: str, count: int = 6) -> Path:
-    found = pictures(concept(name), 1, count)
+    found = draw_images(concept(name), 1, count)
     return folders.write(
         folder,
         found.images,
@@ -47,8 +47,8 @@ def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
         f"scenario.root={root}",
         f"scenario.concepts=[{', '.join(rows)}]",
         "scenario.sampling={steps: 2, guidance: 2.0, count: 4, negative: ''}",
-        "scenario.keep_pictures=4",
-        "scenario.unrelated_pictures=4",
+        "scenario.keep_images=4",
+        "scenario.unrelated_images=4",
         "scenario.regularizers=8",
         "immunize=mima",
         "immunize.steps=2",

@@ -1,5 +1,5 @@
 """The scenario group's files without the rest of the configuration, and what tests ask of
-pictures.
+images.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ def config(name: str):
     return OmegaConf.merge(*parents, node)
 
 
-def hashes(pictures) -> set[str]:
-    return {digest(image) for image in pictures.images}
+def hashes(captioned) -> set[str]:
+    return {digest(image) for image in captioned.images}

@@ -39,14 +39,14 @@ def tokenizer() -> Any:
 def tiny_diffusion(
     seed: int = 0, *, latent: int = 8, dtype: torch.dtype = torch.float32
 ) -> DiffusionModel:
-    """Random weights; latents 4 × ``latent`` × ``latent``, so pictures of 4 × ``latent`` pixels."""
+    """Random weights; latents 4 × ``latent`` × ``latent``, so images of 4 × ``latent`` pixels."""
     unet, vae = build_unet(TINY, seed), build_vae(TINY, seed)
     text = build_text_encoder(TINY, len(tokenizer()), seed)
     unet.register_to_config(sample_size=latent)  # type: ignore[operator]
     return DiffusionModel(unet, vae, [text], [tokenizer()], build_scheduler()).to(dtype)
 
 
-def pictures(subset: Subset, seed: int, count: int, side: int = 32) -> CaptionedImages:
+def draw_images(subset: Subset, seed: int, count: int, side: int = 32) -> CaptionedImages:
     found = sample(subset, seed, count)
     small = torch.nn.functional.interpolate(found.images.float(), (side, side), mode="area")
     return CaptionedImages(small.round().to(torch.uint8), tuple(found.texts))
@@ -57,16 +57,16 @@ def tiny_concept(
 ) -> Concept:
     here = concept(name)
     asked = prompts("a fox", name) if kind == "style" else prompts(f"a {name}")
-    parts = [pictures(here, seed, count) for seed in (1, 2, 3)]
-    prior = pictures(Subset(("fox", "panda")), 4, count)
+    parts = [draw_images(here, seed, count) for seed in (1, 2, 3)]
+    prior = draw_images(Subset(("fox", "panda")), 4, count)
     return Concept(name, role, kind, name, parts[0], parts[1], parts[2], prior, {"name": asked})
 
 
 def tiny_case() -> ConceptCase:
     """Two styles to protect against, one that must stay learnable, one object to practise on."""
     keep, unrelated = (
-        pictures(Subset(("fox", "panda")), 5, 6),
-        pictures(Subset(("lion", "frog")), 6, 4),
+        draw_images(Subset(("fox", "panda")), 5, 6),
+        draw_images(Subset(("lion", "frog")), 6, 4),
     )
     return ConceptCase(
         "tiny",

@@ -97,7 +97,7 @@ def vae(layout: Layout) -> Any:
 
 
 def tiny_pipeline(layout: Layout, seed: int = 0) -> Any:
-    """Pictures of 64 × 64 pixels, latents of 4 × 8 × 8."""
+    """Images of 64 × 64 pixels, latents of 4 × 8 × 8."""
     import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 

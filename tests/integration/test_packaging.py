@@ -42,8 +42,9 @@ from lab.models.diffusion_backbone import MINISD
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(MINISD)
 pipe.set_progress_bar_config(disable=True)
-picture = pipe("a photo of a cat", num_inference_steps=2, output_type="np", generator=torch.manual_seed(0)).images
-json.dump({"folder": str(MINISD), "shape": list(picture.shape)}, sys.stdout)
+options = {"output_type": "np", "generator": torch.manual_seed(0)}
+image = pipe("a photo of a cat", num_inference_steps=2, **options).images
+json.dump({"folder": str(MINISD), "shape": list(image.shape)}, sys.stdout)
 """
 
 

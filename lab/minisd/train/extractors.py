@@ -41,7 +41,7 @@ class ExtractorRecipe:
         model: timm's name of the network.
         image_size: side in pixels to which the images, of 64 pixels, are resized; None keeps them.
         seed: of the images, the initial weights and the batches.
-        pictures: training images; ``held_out`` more, never trained on, for the accuracies.
+        images: training images; ``held_out`` more, never trained on, for the accuracies.
         smoothing: label smoothing.
         workers: processes that draw images.
     """
@@ -49,7 +49,7 @@ class ExtractorRecipe:
     name: Text
     model: Text
     schedule: Schedule
-    pictures: Count
+    images: Count
     held_out: Count
     seed: int = 0
     image_size: ImageSize | None = None
@@ -92,8 +92,8 @@ def train_extractor(
 ) -> Rows:
     """Draw the images and train in place; the last row has the accuracies on held-out images."""
     seed = derive(recipe.seed, "extractor")
-    sizes = recipe.pictures, recipe.held_out
-    starts = 0, recipe.pictures
+    sizes = recipe.images, recipe.held_out
+    starts = 0, recipe.images
     data, held_out = (
         labelled(sample(WORLD, seed, count, start=start, workers=recipe.workers))
         for count, start in zip(sizes, starts, strict=True)

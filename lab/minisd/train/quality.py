@@ -118,14 +118,14 @@ def generation_rates(detector: Detector, scored: Sequence[_Scored]) -> Rates:
         by_clip = np.array([name for part in scored for name in part.by_clip[head]])
         for i, name in enumerate(NAMES[head]):
             seen = (p[:, i] >= detector.threshold).numpy()
-            asked, agreed = wanted == name, by_clip == name
+            by_prompt, agreed = wanted == name, by_clip == name
             rates[name] = dict(detector.rates[name])
-            for rate, given in (
-                ("false_positive", ~asked & ~agreed),
-                ("false_negative", asked & agreed),
+            for rate, labelled in (
+                ("false_positive", ~by_prompt & ~agreed),
+                ("false_negative", by_prompt & agreed),
             ):
-                if given.sum() >= _LEAST:
-                    share = float(seen[given].mean())
+                if labelled.sum() >= _LEAST:
+                    share = float(seen[labelled].mean())
                     rates[name][rate] = share if rate == "false_positive" else 1 - share
     return rates
 
@@ -198,12 +198,12 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
         "shares": generated,
         "real": real,
         "generation_rates": rates,
-        "destroyed": {**blind(detector, broken), "pictures": len(broken)},
+        "destroyed": {**blind(detector, broken), "images": len(broken)},
         "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},
         "frechet": {
             "distance": frechet_distance(features(images), real_features[:count]),
             "floor": floor(real_features, count, seed=seed),
-            "pictures": float(count),
+            "images": float(count),
         },
     }
 

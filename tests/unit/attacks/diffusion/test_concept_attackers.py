@@ -90,14 +90,14 @@ def test_first_step_against_autograd_by_hand(prior_weight: float) -> None:
     net = model().copy()
     net.unet.requires_grad_(True)
     loss = torch.zeros(())
-    for pictures, label, weight in (
+    for captioned, label, weight in (
         (task().train, "attack", 1.0),
         (task().prior, "attack prior", prior_weight),
     ):
-        batch = Material.encode(net, [pictures.images], pictures.prompts).draw(
+        batch = Material.encode(net, [captioned.images], captioned.prompts).draw(
             4, net.timesteps, generator(0, label, task().name, 0)
         )
-        text = net.text([pictures.prompts[row] for row in batch.rows])
+        text = net.text([captioned.prompts[row] for row in batch.rows])
         loss = loss + weight * net.loss(batch.z, text, batch.noise, batch.t).mean()
     loss.backward()
     for name, p in net.unet.named_parameters():
@@ -193,7 +193,7 @@ def test_concepts_that_lack_what_the_options_ask_for_are_refused() -> None:
     for options, what, key in (
         ({"families": ["reworded"]}, task(), "attacks.dreambooth.families"),
         ({"template": "description"}, task(), "attacks.dreambooth.template"),
-        ({"pictures": len(task().train) + 1}, task(), "attacks.dreambooth.pictures"),
+        ({"images": len(task().train) + 1}, task(), "attacks.dreambooth.images"),
         ({}, replace(task(), prior=nothing), "attacks.dreambooth.prior_weight"),
         ({}, replace(task(), train=nothing), "scenario.train"),
     ):

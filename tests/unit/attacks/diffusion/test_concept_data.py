@@ -1,4 +1,4 @@
-"""Captions, prompts and pictures as the attackers see them."""
+"""Captions, prompts and images as the attackers see them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def test_words_are_replaced_whole_in_any_case_and_in_the_plural() -> None:
 
 
 def test_captions_of_every_template() -> None:
-    pictures = CaptionedImages(
+    images = CaptionedImages(
         torch.zeros(3, 3, 4, 4, dtype=torch.uint8), ("a mosaic fox", "a fox", "mosaic art")
     )
     concept = replace(task(), prompts={"name": ("x",), "description": ("tiles", "stones")})
-    assert captions(concept, pictures, "name", "sks") == pictures.prompts
-    assert captions(concept, pictures, "token", "sks") == ("a sks fox", "sks, a fox", "sks art")
-    assert captions(concept, pictures, "description", "sks") == ("tiles", "stones", "tiles")
-    described = replace(pictures, described=("a fox of tiles", "a fox of stones", "tiles"))
+    assert captions(concept, images, "name", "sks") == images.prompts
+    assert captions(concept, images, "token", "sks") == ("a sks fox", "sks, a fox", "sks art")
+    assert captions(concept, images, "description", "sks") == ("tiles", "stones", "tiles")
+    described = replace(images, described=("a fox of tiles", "a fox of stones", "tiles"))
     assert captions(concept, described, "description", "sks") == described.described
     assert captions(concept, described.pick([2, 0]), "description", "sks") == (
         "tiles",
@@ -68,7 +68,7 @@ def test_variants_keep_size_and_repeat_from_the_seed() -> None:
     assert not torch.equal(crops[1], variants(images, "crop", 1, "a")[1])
 
 
-def test_draws_have_no_repeats_before_all_pictures_were_seen_and_cover_the_schedule() -> None:
+def test_draws_have_no_repeats_before_all_images_were_seen_and_cover_the_schedule() -> None:
     material = Material.encode(model(), [task().train.images], task().train.prompts)
     drawn = material.draw(4, 1000, generator(0, "d"))
     assert sorted(drawn.rows) == [0, 1, 2, 3]

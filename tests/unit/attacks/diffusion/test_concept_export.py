@@ -1,4 +1,4 @@
-"""What an attacker ends with, loaded by plain diffusers, makes the pictures of its last
+"""What an attacker ends with, loaded by plain diffusers, makes the images of its last
 snapshot.
 """
 
@@ -17,7 +17,7 @@ from lab.core.types import Trajectory
 from lab.models.diffusion import DiffusionModel
 
 
-def assert_same_pictures(pipe: Any, name: str) -> None:
+def assert_same_images(pipe: Any, name: str) -> None:
     net = DiffusionModel(pipe.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], pipe.scheduler)
     latents = model().latents(SAMPLING.count, 0, task().name, "name")
     found = net.generate(unbroken(name).info["prompts"]["name"], latents, SAMPLING).int()
@@ -34,14 +34,14 @@ def test_lora_loads_by_load_lora_weights(name: str, tmp_path: Path) -> None:
     assert written.name == "pytorch_lora_weights.safetensors"
     pipe = fresh_pipeline(tmp_path / "base")
     pipe.load_lora_weights(str(tmp_path / "attack"), weight_name=written.name)
-    assert_same_pictures(pipe, name)
+    assert_same_images(pipe, name)
 
 
 def test_textual_inversion_loads_by_load_textual_inversion(tmp_path: Path) -> None:
     (written,) = export(unbroken("textual_inversion"), tmp_path / "attack")
     pipe = fresh_pipeline(tmp_path / "base")
     pipe.load_textual_inversion(str(tmp_path / "attack"), weight_name=written.name)
-    assert_same_pictures(pipe, "textual_inversion")
+    assert_same_images(pipe, "textual_inversion")
 
 
 def test_full_weights_load_by_from_pretrained(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_full_weights_load_by_from_pretrained(tmp_path: Path) -> None:
     export(unbroken("full_finetune"), tmp_path / "attack")
     pipe = fresh_pipeline(tmp_path / "base")
     pipe.unet = UNet2DConditionModel.from_pretrained(str(tmp_path / "attack"), subfolder="unet")
-    assert_same_pictures(pipe, "full_finetune")
+    assert_same_images(pipe, "full_finetune")
 
 
 @pytest.mark.parametrize("name", ["custom_diffusion", "curriculum"])
@@ -62,7 +62,7 @@ def test_changed_weights_load_by_load_state_dict(name: str, tmp_path: Path) -> N
         else:
             part = getattr(pipe, path.name.removesuffix("_delta.safetensors"))
             assert not part.load_state_dict(load_file(path), strict=False).unexpected_keys
-    assert_same_pictures(pipe, name)
+    assert_same_images(pipe, name)
 
 
 def test_nothing_to_export_is_said(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ def test_attackers_learn_on_every_layout(name, layout):
     found = launch(attack(name), net, what=target)
     assert found.steps == list(BUDGET.snapshots())
     assert all(torch.isfinite(torch.tensor(v)).all() for v in found.values.values())
-    pictures = found.samples["name"]
-    assert pictures.shape[2:] == (3, net.image_size, net.image_size)
-    assert not torch.equal(pictures[0], pictures[-1])
+    images = found.samples["name"]
+    assert images.shape[2:] == (3, net.image_size, net.image_size)
+    assert not torch.equal(images[0], images[-1])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The attacker's search: equal trials in every model, its own pictures only, the best setting for
+"""The attacker's search: equal trials in every model, its own images only, the best setting for
 the whole run.
 """
 
@@ -75,7 +75,7 @@ def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_model
     assert settings[0] == settings[1]
 
 
-def test_the_split_is_a_partition_of_the_training_pictures() -> None:
+def test_the_split_is_a_partition_of_the_training_images() -> None:
     split = searched().held_out(task(), searched().search, 0)
     parts = [image.tolist() for part in (split.train, split.reference) for image in part.images]
     assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
@@ -100,9 +100,9 @@ def test_trials_that_diverge_lose_and_where_all_do_the_options_stay() -> None:
 
 def test_likeness_tells_a_style_from_others_and_chooses_a_trial() -> None:
     wanted = world.sample(world.concept("mosaic"), 7, 6).images
-    pictures = CaptionedImages(wanted, ("",) * 6)
+    images = CaptionedImages(wanted, ("",) * 6)
     found = {
-        n: likeness(world.sample(world.concept(n), 0, 6).images, pictures)
+        n: likeness(world.sample(world.concept(n), 0, 6).images, images)
         for n in ("neon", "mosaic", "halftone")
     }
     assert max(found, key=found.__getitem__) == "mosaic"

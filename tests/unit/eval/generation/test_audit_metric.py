@@ -1,4 +1,6 @@
-"""The verdict on one checkpoint: steps worked out by hand, every verdict, a detector from images."""
+"""The verdict on one checkpoint: steps worked out by hand, every verdict, a detector from
+images.
+"""
 
 from __future__ import annotations
 
@@ -139,15 +141,15 @@ def test_a_threshold_moves_the_step():
         Audit(scorers=FakeScorers(), threshold=0)
 
 
-# ---- a detector from the concept's own pictures
+# ---- a detector from the concept's own images
 
 
-def pictures(*values):
+def plain_images(*values):
     return CaptionedImages(colours(*values), tuple("p" for _ in values))
 
 
 def coloured(name, role, colour):
-    shown = pictures(colour, colour)
+    shown = plain_images(colour, colour)
     return replace(concept(name, role), train=shown, own=shown, reference=shown)
 
 

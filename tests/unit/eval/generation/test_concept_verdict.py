@@ -90,7 +90,7 @@ def test_an_attack_that_leaves_no_usable_model_does_not_decide_the_verdict():
     run = FakeRun(make, case_list=(concepts,))
     result = scores(run, FakeScorers(detector=Named()), min_msgr=0)
     rows = {row["check"]: row for row in result.tables["verdict"]}
-    slowdown = rows["steps to 60% detection, immunized ÷ baseline, worst target"]
+    slowdown = rows["steps to 60% detection, immunized ÷ baseline, least-protected target"]
     assert (slowdown["passed"], slowdown["bound"]) == (True, "lower")
     assert "by all images" in result.metrics["verdict"].note
 
@@ -107,15 +107,20 @@ SLOW = shares(0, 2, 7, 10, 10, cosines=(0.6, 0.6, 0.78, 0.8, 1.0))
             "min_worst_steps_ratio",
             1.25,
             9.0,
-            "steps to 60% detection, immunized ÷ baseline, worst target",
+            "steps to 60% detection, immunized ÷ baseline, least-protected target",
         ),
         (
             "max_benign_steps_ratio",
             1.25,
             1.05,
-            "steps to 60% detection, immunized ÷ baseline, worst other concept",
+            "steps to 60% detection, immunized ÷ baseline, slowest benign concept",
         ),
-        ("max_benign_sgr", 0.05, 0.01, "loss of similarity (SGR, CLIP) at 1×, worst other concept"),
+        (
+            "max_benign_sgr",
+            0.05,
+            0.01,
+            "loss of similarity (SGR, CLIP) at 1×, most damaged benign concept",
+        ),
         ("max_detection_drop", 0.2, 0.1, "detections lost on unrelated prompts"),
     ],
 )
@@ -165,7 +170,7 @@ def test_a_benign_concept_that_gets_easier_does_not_pay_for_one_that_gets_harder
         {}, {"mosaic": HELD, "neon": HELD, "sketch": hard, "halftone": easy}, case_list=cases
     )
     assert failed(scores(run)) == [
-        "steps to 60% detection, immunized ÷ baseline, worst other concept"
+        "steps to 60% detection, immunized ÷ baseline, slowest benign concept"
     ]
 
 
@@ -175,7 +180,9 @@ def test_a_strong_target_does_not_carry_one_that_is_not_protected():
         0, 2, 6, 10, 10, cosines=(0.6, 0.6, 0.6, 0.8, 1.0)
     )  # as soon as 1.2 × the baseline's steps
     result = scores(each({}, {"mosaic": never, "neon": barely}))
-    assert failed(result) == ["steps to 60% detection, immunized ÷ baseline, worst target"]
+    assert failed(result) == [
+        "steps to 60% detection, immunized ÷ baseline, least-protected target"
+    ]
     assert result.metrics["verdict"].value == 0.0
     kind = scores(each({}, {"mosaic": never, "neon": barely}), min_worst_steps_ratio=1.0)
     assert kind.metrics["verdict"].value == 1.0

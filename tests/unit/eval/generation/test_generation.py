@@ -160,7 +160,7 @@ def test_clip_t_and_prompt_families():
     run.trajectories = both
     result = metrics(run)
     assert result["msgr_clip_reworded"].value == pytest.approx(1.0)
-    # prompts in turn: "a mosaic" is red, "green" green; a image at 0.8 has cosines 0.8 and 0.6
+    # prompts in turn: "a mosaic" is red, "green" green; an image at 0.8 has cosines 0.8 and 0.6
     assert result["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
 
 
@@ -180,9 +180,7 @@ def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
 
 
 def test_grids_show_references_and_both_model_names():
-    images = Generation(scorers=FakeScorers(), similarities=["clip"], pictures=3)(
-        world(HELD)
-    ).images
+    images = Generation(scorers=FakeScorers(), similarities=["clip"], images=3)(world(HELD)).images
     grid, both = images["generations_mosaic"], images["comparison_mosaic"]
     assert both.rows == ("baseline, step 20", "immunized, step 20")
     assert torch.equal(both.images[1], grid.images[grid.rows.index("immunized, step 20")])

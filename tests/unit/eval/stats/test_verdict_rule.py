@@ -1,4 +1,4 @@
-"""When a condition of a verdict passes, and when that is sure."""
+"""When a condition of a verdict passes, and when that is significant."""
 
 import pytest
 
@@ -22,9 +22,9 @@ def test_msgr_needs_its_whole_interval():
     assert not Check("harmful", "x", touching, "low >", 0.0).passed
     clear = Score(0.2, 0.01, 0.4, 3, "higher", "across_seeds")
     assert Check("harmful", "x", clear, "low >", 0.0).passed
-    assert Check("harmful", "x", clear, "low >", 0.0).sure
+    assert Check("harmful", "x", clear, "low >", 0.0).significant
     within = Score(0.2, 0.01, 0.4, 1, "higher", "within_seed")
-    assert not Check("harmful", "x", within, "low >", 0.0).sure
+    assert not Check("harmful", "x", within, "low >", 0.0).significant
 
 
 def test_what_was_not_measured_everywhere_does_not_pass():
@@ -34,7 +34,7 @@ def test_what_was_not_measured_everywhere_does_not_pass():
 
 
 @pytest.mark.parametrize(
-    ("rule", "low", "high", "bound", "sure"),
+    ("rule", "low", "high", "bound", "significant"),
     [
         ("≥", 1.2, 3.0, None, True),
         ("≥", 1.0, 1.1, None, True),
@@ -50,11 +50,11 @@ def test_what_was_not_measured_everywhere_does_not_pass():
         ("≤", 1.0, 1.5, "lower", False),
     ],
 )
-def test_sure_is_an_interval_on_one_side_and_of_a_lower_limit_what_lies_above(
-    rule, low, high, bound, sure
+def test_significant_is_an_interval_on_one_side_and_of_a_lower_limit_what_lies_above(
+    rule, low, high, bound, significant
 ):
     figure = Score((low + high) / 2, low, high, 3, "higher", "across_seeds", bound=bound)
-    assert Check("harmful", "x", figure, rule, 1.2).sure == sure
+    assert Check("harmful", "x", figure, rule, 1.2).significant == significant
 
 
 def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_needed():

@@ -1,4 +1,4 @@
-"""What must stay as it is: where its pictures come from, and its place in the released inner
+"""What must stay as it is: where its images come from, and its place in the released inner
 loop.
 """
 
@@ -26,7 +26,7 @@ unchanged = cache(lambda: rows_of(preset("mima_released", steps=1, prior="keep")
 
 @pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
 def test_the_prior_has_the_images_of_its_source(changes):
-    """A case whose unrelated pictures are exactly these gives the same run; the preset asks for
+    """A case whose unrelated images are exactly these gives the same run; the preset asks for
     both.
     """
     classes = [target.prior for target in case().targets]

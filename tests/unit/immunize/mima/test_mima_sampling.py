@@ -54,7 +54,7 @@ def test_templates_give_the_same_images_other_captions():
 
 
 def test_the_outer_loop_asks_as_the_attacker_taught(monkeypatch):
-    """Held-out pictures, decoys and practice concepts get the captions of the attack that they
+    """Held-out images, decoys and practice concepts get the captions of the attack that they
     follow.
     """
     attackers = {

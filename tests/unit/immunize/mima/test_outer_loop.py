@@ -51,9 +51,9 @@ def test_divergence_keeps_the_last_good_weights(how):
 
 def test_no_update_changes_kept_directions():
     """Ten steps along a matrix of ones; what acts on (1, 0, 0) stays."""
-    theta, kept = {"w": torch.zeros(2, 3)}, {"w": torch.tensor([[1.0], [0.0], [0.0]])}
+    theta, fixed = {"w": torch.zeros(2, 3)}, {"w": torch.tensor([[1.0], [0.0], [0.0]])}
     options = OuterLoopOptions(steps=10, lr=1.0, optimizer="sgd")
-    loop = OuterLoop(options, theta, lambda run: Falling(), kept=kept)
+    loop = OuterLoop(options, theta, lambda run: Falling(), fixed=fixed)
     train(loop, 10, label=None)
     assert loop.done[0]["w"].tolist() == [[0.0, -10.0, -10.0]] * 2
 

@@ -1,4 +1,4 @@
-"""The fingerprint of a case: equal for equal cases, another one for any other picture, word or
+"""The fingerprint of a case: equal for equal cases, another one for any other image, word or
 role. The same of a model's settings.
 """
 
@@ -95,7 +95,7 @@ def test_equal_cases_have_equal_fingerprints() -> None:
     )
     assert fingerprint(strided) == fingerprint(
         case()
-    )  # the same picture, laid out differently in memory
+    )  # the same image, laid out differently in memory
 
 
 def test_any_change_changes_it() -> None:
@@ -104,7 +104,7 @@ def test_any_change_changes_it() -> None:
     assert len({*found, fingerprint(case())}) == len(found) + 1
 
 
-def test_what_follows_from_the_pictures_counts_for_stages_and_not_for_the_data() -> None:
+def test_what_follows_from_the_images_counts_for_stages_and_not_for_the_data() -> None:
     described = replace(
         case(), keep=replace(case().keep, described=("a fox of tiles",) * len(case().keep))
     )

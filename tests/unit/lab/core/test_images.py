@@ -1,4 +1,4 @@
-"""Picture grids: right pixels at the right places, the same bytes again."""
+"""Image grids: right pixels at the right places, the same bytes again."""
 
 import io
 

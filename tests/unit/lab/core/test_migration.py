@@ -28,6 +28,15 @@ def test_every_committed_record_is_read_and_its_targets_exist():
         assert callable(get_object(target)), target
 
 
+def test_options_and_columns_of_schema_2_2_have_their_names_of_today():
+    undo = record.read(ROOT / "outputs/records/lite/undo.json")
+    assert {"keep_samples", "target_samples"} < undo["config"]["immunize"].keys()
+    assert "images" in undo["config"]["attacks"]["lora"]
+    assert all("significant" in check for check in undo["tables"]["verdict"])
+    sweep = record.read(ROOT / "outputs/records/class_image_options/preset.json")
+    assert sweep["name"] == "class_image_options/none"
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -57,8 +57,8 @@ def plain(built):
     return found, found.scenario.load(0).cases[0]
 
 
-def said(pictures: CaptionedImages) -> CaptionedImages:
-    return replace(pictures, prompts=(*pictures.prompts[:-1], f"{END} a photo of rex"))
+def said(captioned: CaptionedImages) -> CaptionedImages:
+    return replace(captioned, prompts=(*captioned.prompts[:-1], f"{END} a photo of rex"))
 
 
 def with_concept(case, role, **changes):

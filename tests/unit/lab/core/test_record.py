@@ -129,23 +129,23 @@ def test_schema_violations_are_named(body, change, message):
         records.validate(body, "x.json")
 
 
-def picture(value=7, caption="Two steps of an attack."):
+def image_grid(value=7, caption="Two steps of an attack."):
     return ImageGrid(
         torch.full((1, 2, 3, 4, 4), value, dtype=torch.uint8), ("none",), ("0", "1"), caption
     )
 
 
 def test_images_are_written_beside_the_record_and_named_in_it(tmp_path, body):
-    body["images"] = records.write_images(tmp_path, {"attack_lora": picture()})
+    body["images"] = records.write_images(tmp_path, {"attack_lora": image_grid()})
     entry = body["images"]["attack_lora"]
     assert entry["sha256"] == hashlib.sha256((tmp_path / entry["path"]).read_bytes()).hexdigest()
     records.write(body, tmp_path / "record.json")
     assert records.read(tmp_path / "record.json")["images"] == body["images"]
-    assert records.write_images(tmp_path / "b", {"attack_lora": picture()}) == body["images"]
+    assert records.write_images(tmp_path / "b", {"attack_lora": image_grid()}) == body["images"]
 
 
 def test_content_hash_sees_images_but_not_where_they_lie(tmp_path, body):
-    body["images"] = records.write_images(tmp_path, {"a": picture()})
+    body["images"] = records.write_images(tmp_path, {"a": image_grid()})
     first = records.content_hash(body)
     body["images"]["a"]["path"] = "elsewhere/a.png"
     assert records.content_hash(body) == first

@@ -17,7 +17,7 @@ from lab.minisd.train.extractors import ExtractorRecipe, WorldClassifier
 from lab.models.vision import VisionBackbone
 
 SMALL = (
-    "train.pictures=24",
+    "train.images=24",
     "train.held_out=8",
     "train.schedule.steps=2",
     "train.schedule.batch=8",

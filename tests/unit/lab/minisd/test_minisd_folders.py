@@ -67,7 +67,7 @@ def test_write_refuses_to_mix(tmp_path) -> None:
         ("RGBA", (0, 0, 255, 255), (0, 0, 255)),
         ("LA", (0, 0), (255, 255, 255)),
         ("I;16", 0x8000, (127, 127, 127)),
-        ("I;16", 200, (1, 1, 1)),  # dark, not a picture of 8 bits
+        ("I;16", 200, (1, 1, 1)),  # dark, not an image of 8 bits
         ("F", 0.5, (127, 127, 127)),
         ("CMYK", (0, 255, 255, 0), (254, 0, 0)),
     ],
@@ -81,7 +81,7 @@ def test_modes(tmp_path, mode: str, colour, expected) -> None:
 
 def test_exif_rotation(tmp_path) -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:16] = 255  # upper half white; orientation 6 turns the picture by 90 degrees clockwise
+    pixels[:16] = 255  # upper half white; orientation 6 turns the image by 90 degrees clockwise
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "r.jpg", exif=exif, quality=95)
@@ -91,7 +91,7 @@ def test_exif_rotation(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF", "ignore:Truncated", "ignore:Metadata")
-def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path) -> None:
+def test_damaged_exif_is_no_reason_to_refuse_a_image(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, resolution
     exif.get_ifd(0x8769)[0x829A] = 0.5

@@ -136,7 +136,7 @@ def test_validation_sees_the_average(often) -> None:
     assert by_step == pytest.approx({n: averaged[n - 1][0] for n in (5, 10, 12)}, rel=1e-6)
 
 
-def picture_model() -> nn.Module:
+def image_model() -> nn.Module:
     """Channels last, as the trained networks are, with buffers of both types (batch norm)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3))
@@ -145,7 +145,7 @@ def picture_model() -> nn.Module:
 
 
 def fit(checkpoint=None) -> tuple[nn.Module, list[float], list[dict[str, float]]]:
-    model, drawn = picture_model(), []
+    model, drawn = image_model(), []
     schedule = Schedule(steps=60, batch=2, lr=1e-2, warmup=5, ema=0.9)
 
     def step(number, g):
@@ -252,7 +252,7 @@ def test_min_snr_by_hand() -> None:
 
 def test_vae_loss_and_validation_by_hand(shown) -> None:
     """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1]
-    pictures.
+    images.
     """
     model, kl, seed = networks.build_vae(TINY, 0), 2.5, 7
     g = generator(seed, "vae", 0)
@@ -381,7 +381,7 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
 
 
 def test_captions_are_drawn_and_dropped(tokenizer) -> None:
-    """Both captions of a picture come up equally often; the empty one as often as ``drop`` says."""
+    """Both captions of an image come up equally often; the empty one as often as ``drop`` says."""
     model = _Fixed(0.0)
     _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), drop=0.25)
     ids = torch.cat([tokens for _, _, tokens in model.inputs[:4]])

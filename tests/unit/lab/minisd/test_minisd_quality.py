@@ -32,7 +32,8 @@ from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
 assert {m.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
 pipe.set_progress_bar_config(disable=True)
-made = pipe("a fox", num_inference_steps=2, guidance_scale=4.0, generator=torch.Generator().manual_seed(1)).images[0]
+g = torch.Generator().manual_seed(1)
+made = pipe("a fox", num_inference_steps=2, guidance_scale=4.0, generator=g).images[0]
 assert "lab" not in sys.modules
 print(made.size, made.mode, pipe.scheduler.__class__.__name__, pipe.tokenizer.model_max_length)
 """
@@ -41,7 +42,7 @@ print(made.size, made.mode, pipe.scheduler.__class__.__name__, pipe.tokenizer.mo
 def config(root: Path, **changes) -> DictConfig:
     """The shipped recipe with everything made small."""
     small = {
-        "pictures": 48,
+        "images": 48,
         "held_out": 8,
         "captions": 2,
         "vocabulary": 600,
@@ -58,7 +59,7 @@ def config(root: Path, **changes) -> DictConfig:
         "text": {"steps": 4, "batch": 8, "warmup": 2},
         "denoiser": {"steps": 4, "batch": 4, "warmup": 2},
         "scorers": {
-            "pictures": 48,
+            "images": 48,
             "calibrate": 12,
             "measure": 700,
             "empty": 8,
@@ -182,7 +183,7 @@ def test_what_belongs_to_which_stage(root) -> None:
     for stage in ("vae", "text", "denoiser"):
         assert key(stage, never_seen=["fox"]) != key(stage)
     assert key("clip", never_seen=["fox"]) == key("clip")
-    for changes in ({"vae": {"lr": 1.0}}, {"pictures": 47}, {"gamma": 1.0}):
+    for changes in ({"vae": {"lr": 1.0}}, {"images": 47}, {"gamma": 1.0}):
         assert key("denoiser", **changes) != key("denoiser")
         assert key("clip", **changes) == key("clip")
 

@@ -28,10 +28,10 @@ from lab.minisd.train.scorers import (
     degenerate,
     degrade,
     detector_loss,
+    draw,
     empty_scenes,
     labelled,
     measure,
-    pictures,
     prototypes,
     quantise,
     save_clip,
@@ -51,7 +51,7 @@ TINY = ClipWidths(embed=16, image=4, text=32, layers=1)
 @pytest.fixture(scope="module")
 def recipe() -> ScorerRecipe:
     return ScorerRecipe(
-        pictures=48,
+        images=48,
         calibrate=24,
         measure=24,
         empty=8,
@@ -68,14 +68,14 @@ def recipe() -> ScorerRecipe:
 
 @pytest.fixture(scope="module")
 def data(recipe) -> dict[str, TensorDataset]:
-    return {part: labelled(pictures(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
+    return {part: labelled(draw(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
 
 
 def test_world_of_the_scorers(recipe, data) -> None:
-    """All classes are known, no picture is shared between the parts or with MiniSD's training."""
+    """All classes are known, no image is shared between the parts or with MiniSD's training."""
     assert set(HELD_OUT_OBJECTS) < set(NAMES["object"])
     assert set(HELD_OUT_STYLES) < set(NAMES["style"])
-    shown = {part: {p.stream for p in pictures(recipe, 0, part).pictures} for part in data}
+    shown = {part: {p.stream for p in draw(recipe, 0, part).pictures} for part in data}
     assert len(set.union(*shown.values())) == 48 + 24 + 24
     assert WORLD != TRAINING
 
@@ -102,7 +102,7 @@ def test_detector_loss_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     same = torch.zeros(2, 2)
     labels = (torch.tensor([0, -1]), torch.tensor([-1, -1]))
-    expected = math.log(math.exp(2) + 2) - 2  # of the first picture; the others give 0
+    expected = math.log(math.exp(2) + 2) - 2  # of the first image; the others give 0
     assert detector_loss((logits, same), labels, 0.0).item() == pytest.approx(
         expected / 2, rel=1e-5
     )
@@ -174,7 +174,7 @@ def _coded(objects, styles, certainty) -> torch.Tensor:
 
 
 def test_calibration_finds_the_temperature() -> None:
-    """A detector that is right in three of four pictures with far too large logits: the optimum is
+    """A detector that is right in three of four images with far too large logits: the optimum is
     known.
     """
     objects = torch.arange(40) % 40
@@ -186,7 +186,7 @@ def test_calibration_finds_the_temperature() -> None:
     found = calibrate(detector, held_out)
     logit = math.log(
         (_N - 1) * 0.75 / 0.25
-    )  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
+    )  # softmax gives 3/4 to the class that is right in 3/4 of the images
     assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
     sure = TensorDataset(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
     assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
@@ -200,7 +200,7 @@ def test_calibration_finds_the_temperature() -> None:
 
 
 def test_error_rates_by_hand() -> None:
-    """Two classes confused once each; one picture too uncertain to count."""
+    """Two classes confused once each; one image too uncertain to count."""
     objects = torch.arange(_N).repeat(2)
     shown = objects.clone()
     shown[0] = 1  # object 0 taken for object 1
@@ -229,7 +229,7 @@ def test_error_rates_by_hand() -> None:
 def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
     import open_clip
 
-    captions = [p.captions(recipe.captions) for p in pictures(recipe, 0, "train").pictures]
+    captions = [p.captions(recipe.captions) for p in draw(recipe, 0, "train").pictures]
     folder = tmp_path / "clip"
     tokenizer = clip_tokenizer(captions, folder, recipe.vocabulary)
     config = clip_config(TINY, len(tokenizer))

@@ -1,8 +1,8 @@
 """The weights that come with the project: what lies in the folder, what they draw, and that a
 stranger can use them.
 
-``python tests/unit/lab/minisd/test_minisd_shipped.py`` stores the figures anew after the weights were
-retrained.
+``python tests/unit/lab/minisd/test_minisd_shipped.py`` stores the figures anew after the weights
+were retrained.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOSAIC = tuple(f"a {name} in the style of mosaic" for name in ("fox", "rocket", 
 
 @cache
 def generated() -> torch.Tensor:
-    """One picture per prompt of `SMOKE` and `MOSAIC`, uint8 [8, 3, 64, 64], from the same latents
+    """One image per prompt of `SMOKE` and `MOSAIC`, uint8 [8, 3, 64, 64], from the same latents
     every time.
     """
     model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
@@ -103,8 +103,8 @@ def test_prompts_are_obeyed() -> None:
     assert detector.detects(images[: len(SMOKE)], "mosaic").sum() == 0
 
 
-def test_clip_knows_the_styles_of_real_pictures() -> None:
-    """Its tokenizer and its weights belong together: the right style of five, for real pictures of
+def test_clip_knows_the_styles_of_real_images() -> None:
+    """Its tokenizer and its weights belong together: the right style of five, for real images of
     each.
     """
     names = ("mosaic", "neon", "blueprint", "halftone", "sketch")

@@ -81,13 +81,13 @@ def test_package_weights_recognise_photographs() -> None:
     palace, daisy = (
         Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")
     )
-    pictures = {652: portrait, 698: palace, 985: daisy}  # ImageNet: military uniform, palace, daisy
+    images = {652: portrait, 698: palace, 985: daisy}  # ImageNet: military uniform, palace, daisy
     network = timm.create_model(PACKAGE_MODEL, pretrained=False)
     network.load_state_dict(imagenet_package())
-    x = stack([np.asarray(crop(picture, 224)) for picture in pictures.values()])
+    x = stack([np.asarray(crop(image, 224)) for image in images.values()])
     with torch.no_grad():
         top = network.eval()((x / 255.0 - 0.5) / 0.5).argmax(1)
-    assert top.tolist() == list(pictures)
+    assert top.tolist() == list(images)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -88,7 +88,7 @@ def test_resolution(folder):
     assert model.generate(["a fox"], model.latents(1, 0), Sampling(steps=1)).shape == (1, 3, 80, 80)
 
 
-def test_pictures_of_another_size_are_refused(saved):
+def test_images_of_another_size_are_refused(saved):
     backbone = DiffusionBackbone(path=str(saved / "sd1"))
     with pytest.raises(UserError, match=r"64 × 64 pixels, the images of case tiny have 32 × 32"):
         backbone.build(tiny_case(), 0)

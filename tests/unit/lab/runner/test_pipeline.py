@@ -53,7 +53,7 @@ def immunized_by(pipeline, call):
             return call(model, case, **options)
 
     part = replace(pipeline.parts.immunizer, obj=Own())
-    return Pipeline(replace(pipeline.parts, immunizer=part), pipeline.store)
+    return Pipeline(replace(pipeline.parts, immunizer=part), pipeline.cache)
 
 
 def cell_of(pipeline, model):
@@ -92,7 +92,7 @@ class TinyConcepts(Scenario):
 @pytest.mark.parametrize(
     "override", [{"steps": 3}, {"guidance": 1.0}, {"precision": "bfloat16"}, {"count": 5}]
 )
-def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(
+def test_how_images_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(
     pipeline, override
 ):
     """Attacks have it among their own options."""
@@ -188,7 +188,7 @@ def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluat
     one, other = pipeline(), pipeline("immunize.lr=0.05")
     assert [run.cached("a", compute)["x"].item() for run in (one, other, one)] == [0, 0, 0]
     assert one.cached("b", compute)["x"].item() == 1
-    one.store = StageCache(tmp_path, force="eval")
+    one.cache = StageCache(tmp_path, force="eval")
     assert one.cached("a", compute)["x"].item() == 2
 
 
@@ -196,13 +196,13 @@ def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from
     run = pipeline()
     cells = [*run.immunize_cells(), *run.attack_cells(), run.eval_cell("conditioning")]
     for cell in cells:
-        run.store.get(*cell.place, cell.compute, cell.parents)
-    assert all(run.store.has(*cell.place, cell.parents) for cell in cells)
+        run.cache.get(*cell.place, cell.compute, cell.parents)
+    assert all(run.cache.has(*cell.place, cell.parents) for cell in cells)
     root = next(c for c in cells if c.stage == "immunize" and c.model != BASELINE)
-    moved = root.compute(StageCheckpoint(run.store.folder("immunize", "other")))
+    moved = root.compute(StageCheckpoint(run.cache.folder("immunize", "other")))
     moved.tensors = {name: value + 1e-9 for name, value in moved.tensors.items()}
-    StageCache(run.store.root, force="immunize").get(*root.place, lambda _: moved)
-    stale = [c for c in cells if not run.store.has(*c.place, c.parents)]
+    StageCache(run.cache.root, force="immunize").get(*root.place, lambda _: moved)
+    stale = [c for c in cells if not run.cache.has(*c.place, c.parents)]
     attacked = {(c.model, c.case) for c in stale if c.stage == "attack"}
     assert attacked == {(root.model, root.case)}
     assert {c.stage for c in stale} == {"attack", "eval"}

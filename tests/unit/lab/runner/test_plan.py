@@ -21,7 +21,7 @@ def make_plan(tmp_path, cached=()):
             cell("attack", model=m, attack="lora", task="a") for m in (BASELINE, IMMUNIZED)
         ],
         eval_cell=lambda name: Cell("eval", name, lambda _: None, metric=name),
-        store=SimpleNamespace(has=lambda stage, key, parents: stage in cached),
+        cache=SimpleNamespace(has=lambda stage, key, parents: stage in cached),
         budget=SimpleNamespace(steps=10),
         parts=SimpleNamespace(backbone=SimpleNamespace(kind="diffusion")),
     )

@@ -99,7 +99,7 @@ def test_folders_erase_by_an_anchor(root) -> None:
 
 
 def test_folders_without_surroundings_borrow_the_world(root) -> None:
-    options = {"unrelated": None, "keep_pictures": 6, "unrelated_pictures": 5}
+    options = {"unrelated": None, "keep_images": 6, "unrelated_images": 5}
     found = folder_scenario(root, listed(), **options).load(0)
     (case,) = found.cases
     assert (len(case.keep), len(case.unrelated), len(case.regularizers)) == (6, 5, 10)
@@ -122,7 +122,7 @@ def test_folders_with_both_pools_captions_and_prior(root) -> None:
         "five",
     )  # one has a caption of keep, two name a concept
     assert case.regularizers == ("a tree", "a house")
-    assert case.targets[0].prior.prompts == ("a dog",) * 4  # the fifth is a picture of rex
+    assert case.targets[0].prior.prompts == ("a dog",) * 4  # the fifth is an image of rex
 
 
 @pytest.mark.filterwarnings("ignore:.*have no text")

@@ -77,7 +77,7 @@ def test_image_sets_are_disjoint_and_whole(name, split) -> None:
     assert {t.role for t in case.targets} == {"harmful"}
     assert {c.role for c in (*case.others, *case.rehearsal)} == {"benign"}
     sets = [hashes(part) for c in concepts(case) for part in (c.own, c.train, c.reference)]
-    # several concepts of one kind may share their prior pictures; those are disjoint from all else
+    # several concepts of one kind may share their prior images; those are disjoint from all else
     sets += [
         {h for c in concepts(case) for h in hashes(c.prior)},
         hashes(case.keep),
@@ -119,7 +119,7 @@ def test_same_seed_same_bytes_and_another_seed_others() -> None:
     assert first.data_hash == again.data_hash != other.data_hash
 
 
-def test_a_concept_has_the_same_pictures_in_every_role_and_scenario() -> None:
+def test_a_concept_has_the_same_images_in_every_role_and_scenario() -> None:
     pairs, triples = loaded("relearn_styles", cases="all"), loaded("relearn_styles_3")
     neon = pairs.cases[0].task("neon")
     for twin in (pairs.cases[1].task("neon"), triples.cases[0].task("neon")):
@@ -127,7 +127,7 @@ def test_a_concept_has_the_same_pictures_in_every_role_and_scenario() -> None:
     assert (neon.role, pairs.cases[1].task("neon").role) == ("harmful", "benign")
 
 
-def test_a_picture_is_described_by_what_it_shows_and_never_by_the_styles_name() -> None:
+def test_a_image_is_described_by_what_it_shows_and_never_by_the_styles_name() -> None:
     for case in (*loaded("relearn_styles").cases, *loaded("personalize").cases):
         for concept in concepts(case):
             for part in (concept.own, concept.train, concept.reference):

@@ -74,7 +74,7 @@ def test_image_folders(tmp_path: Path) -> None:
     assert (benign.classes, harmful.classes) == (2, 3)
     assert torch.equal(
         benign.train.x[:, 1, 0, 0].long(), 100 * benign.train.y
-    )  # label and picture belong together
+    )  # label and image belong together
     seen = [{x.numpy().tobytes() for x in split.x} for split in (benign.train, benign.test)]
     assert not seen[0] & seen[1]
     assert data.data_hash == scenario.load(0).data_hash != scenario.load(1).data_hash

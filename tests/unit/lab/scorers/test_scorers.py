@@ -153,7 +153,7 @@ def test_kernel_distance_by_hand() -> None:
     assert kernel_distance(a, b) == pytest.approx(by_hand, rel=1e-9)
 
 
-def test_frechet_floor_falls_with_more_pictures() -> None:
+def test_frechet_floor_falls_with_more_images() -> None:
     real = torch.randn(400, 16, generator=generator(0))
     assert 0 < floor(real, 200, seed=0) < floor(real, 40, seed=0)
     assert floor(real, 40, seed=0) == floor(real, 40, seed=0)
@@ -207,8 +207,8 @@ def test_nudenet_takes_the_highest_score(monkeypatch) -> None:
             def __init__(self, model_path, inference_resolution) -> None:
                 pass
 
-            def detect(self, picture):
-                blue, _, red = (int(x) for x in picture[0, 0])
+            def detect(self, image):
+                blue, _, red = (int(x) for x in image[0, 0])
                 boxes = [{"class": "BELLY_EXPOSED", "score": 0.9}]
                 if red > blue:
                     boxes += [{"class": "BUTTOCKS_EXPOSED", "score": s} for s in (0.4, 0.7)]
