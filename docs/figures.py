@@ -225,14 +225,14 @@ def step_times() -> str:
     dimensions = sorted({d for _, d in times})
     lines = [["Rows of a batch", *(f"d = {d:,}" for d in dimensions), "exponent"]]
     for rows in sorted({rows for rows, _ in times}):
-        each = [times[rows, d] for d in dimensions]
-        cells = [
-            t["thin_ms"] + (f" ({t['straightforward_ms']})" if t["straightforward_ms"] else "")
-            for t in each
-        ]
-        before, last = (float(t["thin_ms"]) for t in each[-2:])
+        cells = []
+        for d in dimensions:
+            thin, other = times[rows, d]["thin_ms"], times[rows, d]["straightforward_ms"]
+            cells.append(round_number(float(thin), ""))
+            cells[-1] += f" ({round_number(float(other), '')})" if other else ""
+        before, last = (float(times[rows, d]["thin_ms"]) for d in dimensions[-2:])
         exponent = np.log(last / before) / np.log(dimensions[-1] / dimensions[-2])
-        lines.append([f"{rows:,}", *cells, f"{exponent:.2f}"])
+        lines.append([f"{rows:,}", *cells, round_number(exponent, "")])
     return markdown(lines)
 
 
