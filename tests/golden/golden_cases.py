@@ -105,7 +105,7 @@ def evaluated(name: str, kind: str = "linear") -> dict[str, Any]:
         return _figures(build("eval", name)(run))
     if "diffusion" in build("eval", name).accepts:
         metric = build("eval", name, "diffusion", scorers=fakes.FakeScorers())
-        return _figures(metric(_images_run(one_model=metric.needs_models == 1)))
+        return _figures(metric(_images_run(one_model=metric.released)))
     metric = build("eval", name)
     if name == "transfer":
         return _figures(metric(_ManyCases()))
