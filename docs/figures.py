@@ -5,7 +5,7 @@ A page marks a figure by two comments, inside a sentence or around a table::
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
 ``EXPRESSION`` is a Jinja expression that calls `score`, `limit`, `table`, `grid`,
-`by_attack`, `target_share`, `median`, `correlation` or `step_times`.
+`by_attack`, `share_after`, `target_share`, `median`, `correlation` or `step_times`.
 ``python docs/figures.py`` replaces every ``TEXT`` and draws the figures of the README
 (`readme_figures`). ``--check`` changes nothing and fails where a page and its records differ.
 Fenced blocks are left alone.
@@ -151,34 +151,39 @@ def by_attack(records: str, method: str, rows: dict[str, str], columns: dict[str
     return markdown([["Attack", *columns], *body])
 
 
-def target_share(records: str, images: int, rows: dict[str, str], columns: dict[str, str]) -> str:
-    """Return a Markdown table of the share of images that show the targets after ``images`` images
-    of every attack by itself, in percent: the mean over seeds and targets. A model that is not
-    usable then shows none, where the attack measured that.
+def share_after(records: str, method: str, attack: str, images: int, model: str = IMMUNIZED) -> str:
+    """Return the share of images that show the targets after an attack by itself, in percent: the
+    mean over seeds and targets. A model that is not usable then shows none, where the attack
+    measured that.
 
     Args:
-        records: Folder below ``outputs/records``.
-        images: A point of the budget, as the column ``at_`` of the records' table ``attacks``.
-        rows: Text → attack, with its options as the records name them.
+        records, method: The record.
+        attack: Its name there, with its options.
+        images: A point of the budget, as the column ``at_`` of the table ``attacks``.
+        model: The immunized model or the baseline.
+    """
+    shares = [
+        0 if str(images) in row.get("unusable_at", "").split(", ") else row[f"at_{images:03d}"] or 0
+        for row in read(records, method)["tables"]["attacks"]
+        if (row["model"], row["attack"], row["role"]) == (model, attack, "harmful")
+    ]
+    return f"{100 * np.mean(shares):.0f} %" if shares else UNMEASURED
+
+
+def target_share(records: str, images: int, rows: dict[str, str], columns: dict[str, str]) -> str:
+    """Return a Markdown table of `share_after`, a row per attack.
+
+    Args:
+        records, images: As there.
+        rows: Text → attack.
         columns: Heading → name of the record; the baseline's column precedes them.
     """
-
-    def cell(method: str, model: str, attack: str) -> str:
-        shares = [
-            0
-            if str(images) in row.get("unusable_at", "").split(", ")
-            else row[f"at_{images:03d}"] or 0
-            for row in read(records, method)["tables"]["attacks"]
-            if (row["model"], row["attack"], row["role"]) == (model, attack, "harmful")
-        ]
-        return f"{100 * np.mean(shares):.0f} %" if shares else UNMEASURED
-
     first, *_ = columns.values()
     body = [
         [
             label,
-            cell(first, BASELINE, attack),
-            *(cell(method, IMMUNIZED, attack) for method in columns.values()),
+            share_after(records, first, attack, images, BASELINE),
+            *(share_after(records, method, attack, images) for method in columns.values()),
         ]
         for label, attack in rows.items()
     ]
@@ -242,7 +247,18 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(["\n", head, "|---" * len(lines[0]) + "|", *body, "\n"])
 
 
-FUNCTIONS = (score, limit, table, grid, by_attack, target_share, median, correlation, step_times)
+FUNCTIONS = (
+    score,
+    limit,
+    table,
+    grid,
+    by_attack,
+    share_after,
+    target_share,
+    median,
+    correlation,
+    step_times,
+)
 
 
 def render(text: str) -> str:

@@ -80,6 +80,7 @@ class Moving:
         condition: gets the latents [n, c, s, s] whose images the model is given next, and whether
             guidance asks for each of them twice.
         info: facts for the record; with a complete U-Net its ``unet_config``.
+        results: gives the facts that training decides.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -89,6 +90,7 @@ class Moving:
     move: Callable[[int, int], None] | None = None
     condition: Callable[[Tensor, bool], None] = lambda latents, guided: None
     info: dict[str, Any] = field(default_factory=dict)
+    results: Callable[[], dict[str, Any]] = dict
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights as they are now."""
@@ -681,7 +683,8 @@ class AttackTrainee:
             info["expression"] = self.learner.token
         size = sum(p.numel() for p in self.learner.parameters)
         prompts = self.learner.prompts(self.attack)
-        return {**info, "parameters": size, "prompts": prompts, "form": moving.form, **moving.info}
+        info |= {"parameters": size, "prompts": prompts, "form": moving.form}
+        return {**info, **moving.info, **moving.results()}
 
 
 def run(

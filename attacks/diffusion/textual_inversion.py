@@ -21,8 +21,8 @@ class TextualInversion(ConceptAttack):
         vectors: embeddings that the token stands for.
         initializer: where they start: ``auto`` (the class noun) | ``words`` (the concept's own
             words) | any text.
-        nearest: whether every embedding acts as the nearest one of the vocabulary; the record then
-            has ``nearest_words``.
+        nearest: whether every embedding acts as the nearest one of the vocabulary; the table
+            ``attacks`` then has the ``nearest_words``.
 
     Raises:
         UserError: when called, a token that the tokenizer knows.
@@ -45,14 +45,12 @@ class TextualInversion(ConceptAttack):
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         start = initial_text(self.initializer, task)
         new = LearnedToken(self.key, model, self.token, self.vectors, start, self.nearest)
-        info = {"vectors": self.vectors, "initial_text": start}
-        if self.nearest:
-            info["nearest_words"] = new.nearest_words
         (name,) = new.weights()
         return Moving(
             new.weights(),
             lambda _: {name: new.current()},
             close=new.close,
             text=True,
-            info=info,
+            info={"vectors": self.vectors, "initial_text": start},
+            results=lambda: {"nearest_words": new.nearest_words()} if self.nearest else {},
         )

@@ -88,8 +88,8 @@ class LearnedToken:
             raise UserError(f"{key}.token", token, reason)
         special = set(tokenizer.all_special_ids)
         self.vocabulary = [i for i in range(size) if i not in special] if nearest else []
-        self.nearest_words: list[str] = []  # words that the rows act as
-        self.table, self.tokenizer = old[self.vocabulary], tokenizer
+        self.table, self.tokenizer = old[self.vocabulary], tokenizer  # table [V, d]
+        self.directions = F.normalize(self.table, dim=1)
         model.tokenizers[0] = tokenizer
         rows = old[like_ids].mean(0).repeat(vectors, 1).clone()
         with torch.random.fork_rng(devices=[]):  # transformers draws rows from the global stream
@@ -99,16 +99,19 @@ class LearnedToken:
         self._write()
         self.hook = self.layer.register_forward_hook(self._replace)
 
+    def _best(self) -> Tensor:
+        """Return the rows of ``table`` with the largest cosine: int64 [vectors]."""
+        return (F.normalize(self.rows.detach(), dim=1) @ self.directions.T).argmax(1)
+
     def current(self) -> Tensor:
-        """Return what the rows act as."""
+        """Return what the rows act as: [vectors, d]."""
         if not self.vocabulary:
             return self.rows
-        cosines = F.normalize(self.rows.detach(), dim=1) @ F.normalize(self.table, dim=1).T
-        best = cosines.argmax(1)
-        self.nearest_words[:] = self.tokenizer.convert_ids_to_tokens(
-            [self.vocabulary[i] for i in best]
-        )
-        return self.rows + (self.table[best] - self.rows).detach()
+        return self.rows + (self.table[self._best()] - self.rows).detach()
+
+    def nearest_words(self) -> str:
+        """Return the text that the rows act as, with ``nearest``."""
+        return str(self.tokenizer.decode([self.vocabulary[i] for i in self._best()]))
 
     def _replace(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         for row, index in zip(self.current(), self.ids, strict=True):

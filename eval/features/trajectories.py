@@ -264,7 +264,7 @@ def performance(
     return (1 - a / start, 1 - b / start) if start > 0 else None
 
 
-# ---- the attack that counts
+# ---- the strongest attack
 
 
 @dataclass

@@ -555,7 +555,7 @@ def attack_rows(run: RunView, evaluated: EvaluatedRun) -> list[dict[str, Any]]:
     ``trials`` of ``search`` were made on this model, and ``chosen`` is the best of them;
     ``at_STEP``: share of the images of the family ``name`` that show the concept, null
     beyond the end of an attack that diverged. ``unusable_at``: the steps at which the attacked
-    model is not usable.
+    model is not usable. ``nearest_words``: what a search for a prompt ended with.
     """
     cases = {(seed, case.name): case for seed, case in walk(run)}
     width = len(str(evaluated.plan[-1]))  # columns stand in the order of their names
@@ -569,6 +569,8 @@ def attack_rows(run: RunView, evaluated: EvaluatedRun) -> list[dict[str, Any]]:
         if result.usable is not None:
             steps = np.array(evaluated.plan[: result.end])[~result.usable[: result.end]]
             attacked["unusable_at"] = ", ".join(map(str, steps))
+        if "nearest_words" in trajectory.info:
+            attacked["nearest_words"] = trajectory.info["nearest_words"]
         shares = [*result.values[DETECTED].mean(1)[: result.end].tolist()]
         shares += [None] * (len(evaluated.plan) - result.end)
         at = {f"at_{s:0{width}d}": v for s, v in zip(evaluated.plan, shares, strict=True)}

@@ -113,7 +113,13 @@ _HEAD = (
     "seeds",
 )
 REFERENCE = "retrained"  # conf/immunize/retrained.yaml: the model that never saw the targets
-CONTROLS = (REFERENCE, "other_seed", "weight_noise", "reparam")  # they compete with no method
+CONTROLS = (  # they compete with no method
+    REFERENCE,
+    "other_seed",
+    "weight_noise",
+    "reparam",
+    "kappa_supervised_only_deep",
+)
 _BASELINE: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
 _PARTS = ("value", "low", "high", "n", "interval")
 
@@ -354,16 +360,16 @@ def headline(group: Sequence[Row]) -> Outcome:
         return first.outcome
     column, name = slowdown_of(first.record)
     metric, details = first.record["metrics"].get(name), first.outcome.details
-    certain = ""
+    wins = False
     if first.value(name) is not None:
         details = [certainty(metric, 1.0)]
         if others[0].value(name) is not None:
-            margin, certain = _margin(name, first, others[0])
+            margin, wins = _margin(name, first, others[0])
             details.append(f"Margin over {others[0].label}: {margin}.")
     passing = sum(row.outcome.label == "passes" for row in ranked)
     text = f"No verdict: of {len(ranked)} methods {first.label} comes first"
     if passing:
-        text = f"{first.label} {'wins' if certain == 'significant' else 'comes first'}: "
+        text = f"{first.label} {'wins' if wins else 'comes first'}: "
         text += f"{passing} of {len(ranked)} methods pass"
     elif first.checks[1]:
         text = f"No method passes: of {len(ranked)} methods the closest is {first.label}, "
@@ -373,8 +379,10 @@ def headline(group: Sequence[Row]) -> Outcome:
     return replace(first.outcome, headline=f"{text}.", details=details)
 
 
-def _margin(name: str, first: Row, second: Row) -> tuple[str, str]:
-    """Return by how much the first method is ahead of the second, and whether it is significant."""
+def _margin(name: str, first: Row, second: Row) -> tuple[str, bool]:
+    """Return by how much the first method is ahead of the second, and whether it is significantly
+    ahead.
+    """
     better, worse = (row.record["metrics"].get(name) for row in (first, second))
     gap = difference(name, second.record, first.record)
     certain = "significant" if gap["significant"] else "not significant"
@@ -382,7 +390,8 @@ def _margin(name: str, first: Row, second: Row) -> tuple[str, str]:
     if any(limits) and not (limits == (None, "lower") and gap["difference"] > 0):
         certain = "undetermined, as a figure is a limit"
     text = measured({"value": gap["difference"], "unit": worse["unit"]} | gap)
-    return f"{text}, {certain} ({gap['how']})", certain
+    wins = certain == "significant" and gap["difference"] > 0
+    return f"{text}, {certain} ({gap['how']})", wins
 
 
 # ---- text and pages

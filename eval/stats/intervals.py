@@ -286,7 +286,7 @@ def score_worst(
     geometric: bool = False,
 ) -> Score:
     """Return the score of the lowest of k targets (the highest of benign concepts), with an
-    interval that accounts for the choice after looking.
+    interval that accounts for selection after measurement.
 
     For the lowest of k true values: the least of the lower limits needs no correction, as the limit
     of the concept that is truly lowest is one of them; the least of the upper limits lies below it

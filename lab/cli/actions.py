@@ -64,9 +64,9 @@ def _act(cfg: DictConfig, folder: Path) -> int:
         raise UserError("dry_run", True, f"plans action={' | '.join(PLANNED)} only.")
     _apply_limits(cfg)
     cfg.records = [cfg.records] if isinstance(cfg.records, str) else cfg.records
-    if cfg.action in ("run", "audit"):  # before imports that take seconds
-        logging.getLogger("progress").info("loading packages, data and models …")
     is_helper = OmegaConf.select(cfg, "launch.machine_rank")  # the first machine answers for all
+    if cfg.action in ("run", "audit") and not is_helper:  # before imports that take seconds
+        logging.getLogger("progress").info("loading packages, data and models …")
     with claim(folder) if is_run(cfg) and not is_helper else nullcontext():
         function = pkgutil.resolve_name(ACTIONS[cfg.action])
         arguments = (cfg, folder) if cfg.action in ("run", "search") else (cfg,)

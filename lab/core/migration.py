@@ -89,10 +89,10 @@ _UNITS = (
 def migrate(record: Record) -> Record:
     """Return ``record`` in the current schema; the input is left untouched.
 
-    Schema 1.x has other names, no ``bound`` and no ``result`` of a check. Up to 2.0 the models were
-    called ``none`` and by the immunizer's name, since 2.1 ``baseline`` and ``immunized``. Up to 2.1
-    MiniSD was its first version, whose figures do not compare with those of the second: it is
-    called ``minisd_1``. Up to 2.2 some options and columns had other names.
+    Schema 1.x has other names and no ``bound``. Up to 2.1 checks have no ``result``. Up to 2.0 the
+    models were called ``none`` and by the immunizer's name, since 2.1 ``baseline`` and
+    ``immunized``. Up to 2.1 MiniSD was its first version, whose figures do not compare with those
+    of the second: it is called ``minisd_1``. Up to 2.2 some options and columns had other names.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
@@ -101,13 +101,16 @@ def migrate(record: Record) -> Record:
         record = _name_models(record)
     if version.startswith("1.") or version in ("2.0", "2.1"):
         first = {"backbone": "minisd_1"} if record["backbone"] == "minisd" else {}
-        record = record | {"schema": "2.2"} | first
+        record = _add_results(record | {"schema": "2.2"} | first)
     if record.get("schema") == "2.2":
         record = record | {
             "schema": "2.3",
             "name": record["name"].replace("class_picture_options", "class_image_options"),
             "config": _renamed(record["config"]),
-            "tables": _renamed(record["tables"]),
+            "tables": {
+                name: _renamed(rows) if name in ("audit", "verdict") else rows
+                for name, rows in record["tables"].items()
+            },
         }
     return record
 
@@ -126,11 +129,6 @@ def _rename_keys(record: Record) -> Record:
     out["tables"] = {
         current_name(k): [_row(r) for r in rows] for k, rows in record["tables"].items()
     }
-    if verdict := out["metrics"].get("verdict"):
-        words = {check["result"] for check in out["tables"].get("verdict", [])}
-        is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
-        word = "passes" if verdict["value"] else "inconclusive" if is_open else "fails"
-        verdict["note"] = f"{word}. {verdict['note']}"
     out["notes"] = [_text(note) for note in record["notes"]]
     out["skipped"] = {name: _text(reason) for name, reason in record["skipped"].items()}
     return out
@@ -215,20 +213,36 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     out = {"model" if k == "arm" else current_name(k): _text(v) for k, v in row.items()}
     if "required" in row:  # a check of a verdict
         out["bound"] = _bound(row["note"])
-        out["result"] = result_of(out)
     return out
 
 
+def _add_results(record: Record) -> Record:
+    """Add ``result`` to checks, and the word of the verdict to its note, where they are missing."""
+    checks = record["tables"].get("verdict", [])
+    verdict = record["metrics"].get("verdict")
+    if verdict is None or all("result" in check for check in checks):
+        return record
+    checks = [check | {"result": result_of(check)} for check in checks]
+    words = {check["result"] for check in checks}
+    is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
+    word = "passes" if verdict["value"] else "inconclusive" if is_open else "fails"
+    verdict = verdict | {"note": f"{word}. {verdict['note']}"}
+    return record | {
+        "metrics": record["metrics"] | {"verdict": verdict},
+        "tables": record["tables"] | {"verdict": checks},
+    }
+
+
 def result_of(check: Record) -> str:
-    """Return passes, fails or inconclusive, which checks of schema 1.x do not say: inconclusive is
-    what was not measured everywhere, and a limit that leaves it open on which side of the threshold
-    the figure lies.
+    """Return passes, fails or inconclusive, which checks up to schema 2.1 do not say: inconclusive
+    is what was not measured everywhere, and a limit that leaves it open on which side of the
+    threshold the figure lies.
     """
     if check["passed"]:
         return "passes"
     is_floor = check["required"].startswith(("≥", "interval above"))
     value = check["low"] if check["required"].startswith("interval") else check["value"]
-    if value is None or check["bound"] == ("lower" if is_floor else "upper"):
+    if value is None or check.get("bound") == ("lower" if is_floor else "upper"):
         return "inconclusive"
     threshold = float(check["required"].split()[-1])
     holds = value > threshold if is_floor else value < threshold

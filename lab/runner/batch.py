@@ -153,12 +153,9 @@ def discard(folder: Path) -> None:
             if getattr(handler, "baseFilename", None) == os.path.abspath(folder / "run.log"):
                 logging.root.removeHandler(handler)
         shutil.rmtree(folder)
-        with suppress(OSError):  # one of them holds other runs
-            if not relative(folder).is_absolute():
+        if not relative(folder).is_absolute():  # those of another place may be the user's
+            with suppress(OSError):  # one of them holds other runs
                 os.removedirs(relative(folder).parent)
-            else:  # the study's folder and the one of all runs; those above may be the user's
-                for parent in (folder.parent, folder.parent.parent):
-                    parent.rmdir()
 
 
 def is_claimed(folder: Path) -> bool:

@@ -164,11 +164,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Return the squared maximum mean discrepancy of feature sets [n, d] and [m, d], cubic kernel.
+    """Return the squared maximum mean discrepancy of feature sets [n, d] and [m, d] under the
+    kernel (xᵀy/d + 1)³.
 
-    The kernel distance of arXiv 1801.01401, unbiased, in float64 over the first min(n, m) rows of
-    both: a set as small as ours leaves no room for subsets. Over features other than Inception's it
-    is no "KID".
+    The kernel distance of arXiv 1801.01401 in float64, over the first min(n, m) ≥ 2 rows of both: a
+    set as small as ours leaves no room for subsets. Unbiased, so it may be below 0. Over features
+    other than Inception's it is no "KID".
     """
     from torchmetrics.image.kid import poly_mmd
 

@@ -5,6 +5,7 @@ Where keys of `conf/` get other names, change the tables below.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -147,17 +148,18 @@ def outline(node: Any) -> Any:
 
 @cache
 def repetitions(group: str, by_class: bool = True) -> set[str]:
-    """List presets of the class of an earlier one of the group; else those that differ from it in
-    numbers alone.
+    """List presets of the class of another one, which has the name of the class or is the first;
+    else those that differ from an earlier one in numbers alone. Short forms (``_quick``) are among
+    them.
     """
-    found: set[str] = set()
-    seen: list[Any] = []
+    first: dict[Any, str] = {}
     for name in presets(group):
         node = OmegaConf.to_container(nodes(group)[name])
-        seen.append(node["_target_"] if by_class else outline(node))
-        if seen[-1] in seen[:-1] or name.endswith("_quick"):
-            found.add(name)
-    return found
+        own = re.sub("(?<!^)(?=[A-Z])", "_", node["_target_"].rpartition(".")[2]).lower()
+        key = node["_target_"] if by_class else repr(outline(node))
+        if key not in first or (by_class and own == name):
+            first[key] = name
+    return {n for n in presets(group) if n not in first.values() or n.endswith("_quick")}
 
 
 def param(group: str, name: str, *more: Any) -> Any:

@@ -11,6 +11,7 @@ from fake_generated import generated
 from fake_records import attacked, baseline, digits, failed, metric, record, sealed, sweep
 
 from eval.report.leaderboard import (
+    headline,
     leaderboard,
     least_share,
     shares,
@@ -74,6 +75,15 @@ def test_order_puts_passing_methods_first_then_the_slowdown() -> None:
     names = ["kappa_closed_form", "kappa", "kappa_opt", "kappa_ill_only", "kappa_well_only"]
     assert [r.record["immunizer"] for r in rows] == [*names, "none", "kappa_imma"]
     assert [r.rank for r in rows] == [1, 2, 3, 4, 5, None, None]
+
+
+def test_only_a_significant_lead_wins_and_controls_do_not_compete() -> None:
+    passing, fast = attacked("kappa", 1.5, 1.0, 300.0), attacked("kappa_opt", 5.0, 3.0, 100.0)
+    control = attacked("weight_noise", 9.0, 1.0, 100.0)
+    lead = headline(leaderboard([fast, passing, control])).headline
+    assert lead.startswith("kappa comes first: 1 of 2 methods pass")
+    fast = attacked("kappa_opt", 5.0, 1.0, 100.0)
+    assert headline(leaderboard([fast, passing])).headline.startswith("kappa_opt wins")
 
 
 def test_among_failures_the_checks_passed_decide_then_the_slowdown() -> None:

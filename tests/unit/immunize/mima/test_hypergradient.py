@@ -21,8 +21,8 @@ ATTACKERS = {
 
 
 def cases():
-    """Every scope with every attacker and K; those are not slow in which two of them are the first
-    of their list.
+    """Every scope with every attacker and K; slow where more than one of them differs from all, sgd
+    and 3.
     """
     for case in product(["all", "kv", "attention", "up"], ATTACKERS, [3, 1]):
         others = sum(value not in ("all", "sgd", 3) for value in case)

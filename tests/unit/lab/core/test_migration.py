@@ -1,12 +1,13 @@
 """Records of schema 1.x under the names of today."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hydra.utils import get_object
 
 from lab.core import record
-from lab.core.migration import result_of
+from lab.core.migration import migrate, result_of
 from lab.core.sources import ROOT
 
 
@@ -56,3 +57,16 @@ def test_without_a_result_a_limit_or_a_gap_leaves_a_check_inconclusive(
 ) -> None:
     base = {"passed": False, "required": "≥ 1.25", "low": None, "bound": None}
     assert result_of(base | changes) == word
+
+
+def test_a_verdict_without_results_gets_them():
+    old = json.loads((ROOT / "outputs/records/lite/undo.json").read_text()) | {"schema": "2.0"}
+    now = record.read(ROOT / "outputs/records/lite/undo.json")
+    for check in old["tables"]["verdict"]:
+        del check["result"]
+    note = old["metrics"]["verdict"]["note"]
+    old["metrics"]["verdict"]["note"] = note.removeprefix("fails. ")
+    migrated = migrate(old)
+    assert migrated["metrics"]["verdict"]["note"] == note
+    results = [[c["result"] for c in r["tables"]["verdict"]] for r in (migrated, now)]
+    assert results[0] == results[1]

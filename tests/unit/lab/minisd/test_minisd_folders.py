@@ -91,7 +91,7 @@ def test_exif_rotation(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF", "ignore:Truncated", "ignore:Metadata")
-def test_damaged_exif_is_no_reason_to_refuse_a_image(tmp_path) -> None:
+def test_damaged_exif_is_no_reason_to_refuse_an_image(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, resolution
     exif.get_ifd(0x8769)[0x829A] = 0.5

@@ -127,7 +127,7 @@ def test_a_concept_has_the_same_images_in_every_role_and_scenario() -> None:
     assert (neon.role, pairs.cases[1].task("neon").role) == ("harmful", "benign")
 
 
-def test_a_image_is_described_by_what_it_shows_and_never_by_the_styles_name() -> None:
+def test_an_image_is_described_by_what_it_shows_and_never_by_the_styles_name() -> None:
     for case in (*loaded("relearn_styles").cases, *loaded("personalize").cases):
         for concept in concepts(case):
             for part in (concept.own, concept.train, concept.reference):
