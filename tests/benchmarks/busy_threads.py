@@ -8,8 +8,6 @@ thread per core: first on the machine as it is, then beside one busy process per
 updates per second. `run.py` sets GOMP_SPINCOUNT=10000.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

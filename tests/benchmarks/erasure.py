@@ -7,8 +7,6 @@ share in which it is the likeliest class, as it will be now and then in an image
 particular. Of everything else (other objects as photos; other styles): the latter.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

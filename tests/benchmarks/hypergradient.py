@@ -12,8 +12,6 @@ a factor above 1.2.
 interleaved on one batch, the inner loop's drop measured as in a run.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import statistics

@@ -10,8 +10,6 @@ of 100 to 10,000 dimensions and batches of 16 to 1,024 rows, which bound the ran
 straightforward loop up to 1,000 dimensions.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import statistics

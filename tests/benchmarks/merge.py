@@ -11,8 +11,6 @@ concepts × 8 rows, float32, CPU seconds. All four start from the rows C_n and C
 Exits with code 1 if the fixed map is less than 20 times faster than ``released`` or results differ.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

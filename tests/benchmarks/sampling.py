@@ -8,8 +8,6 @@ likeliest class is the object, the style or both that were asked for, and the me
 first row's images in grey levels of 255.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -10,8 +10,6 @@ temporary folder by default). The tokenizer is MiniSD's kind with CLIP's context
 vocabulary cannot be made from a config.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

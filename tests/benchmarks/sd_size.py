@@ -6,8 +6,6 @@ GB. ``--savings`` prints instead, a fresh process per row, what the options that
 and cost, for one and three lower steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import subprocess

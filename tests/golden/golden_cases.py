@@ -4,8 +4,6 @@ A key is `GROUP/PRESET/KIND` with the names of files in `conf/`, so it outlives 
 Where keys of `conf/` get other names, change the tables in `presets`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

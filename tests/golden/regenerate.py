@@ -3,8 +3,6 @@
 A word stands for every key that it equals or begins: `immunize/mima` is all kinds of that preset.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -11,8 +11,6 @@ study fails. Against fc147ca the immunized weights are equal; figures of attacke
 torch's optimizers since then differ by less than 1e-12.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -3,8 +3,6 @@
 `python tests/golden/regenerate.py KEY ...` stores new values where a change is meant.
 """
 
-from __future__ import annotations
-
 import golden_cases as cases
 import pytest
 from presets import repetitions

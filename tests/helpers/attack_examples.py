@@ -1,7 +1,5 @@
 """Tiny models, tasks and a checkpoint for the attackers' tests."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

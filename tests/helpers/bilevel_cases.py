@@ -1,7 +1,5 @@
 """A bi-level problem on a U-Net of a few thousand weights, and its gradient written naively."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache

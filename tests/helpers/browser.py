@@ -1,7 +1,5 @@
 """Run a headless Chromium."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

@@ -2,8 +2,6 @@
 or accounting.
 """
 
-from __future__ import annotations
-
 import os
 import pwd
 import secrets
@@ -108,7 +106,7 @@ class Cluster:
         )
         (folder / "slurm.conf").write_text(self.config)
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self):
         try:
             files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid"}
             files |= {"log-file": "log/munged.log", "seed-file": "munge.seed"}

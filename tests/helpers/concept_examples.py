@@ -1,7 +1,5 @@
 """Attackers on the tiny text-to-image model, with few steps and two images a snapshot."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

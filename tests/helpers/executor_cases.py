@@ -1,7 +1,5 @@
 """Stages for `DistributedExecutor`, importable by name as `ranks_together` needs it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Records of text-to-image runs, of sweeps over options and of the transfer table, made by hand."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ An image is one colour: red and green set its CLIP vector, blue says whether the
 concept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

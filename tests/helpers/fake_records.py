@@ -1,7 +1,5 @@
 """Records with realistic figures, made by hand, for tests of the report."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A RunView made by hand, for tests of metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -2,8 +2,6 @@
 import path.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Texts of MiniSD's world, for its tokenizer."""
 
-from __future__ import annotations
-
 from lab.minisd.world import captions
 from lab.minisd.world.vocabulary import PHOTO, STYLES, THINGS
 

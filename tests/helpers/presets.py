@@ -3,8 +3,6 @@
 Where keys of `conf/` get other names, change the tables below.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from functools import cache

@@ -2,8 +2,6 @@
 they need.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

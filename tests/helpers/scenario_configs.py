@@ -2,8 +2,6 @@
 images.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import OmegaConf

@@ -1,7 +1,5 @@
 """Tables as users have them, and the scenario that reads them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -2,8 +2,6 @@
 case for it.
 """
 
-from __future__ import annotations
-
 import tempfile
 from functools import cache
 from pathlib import Path

@@ -2,8 +2,6 @@
 XL.
 """
 
-from __future__ import annotations
-
 import tempfile
 from functools import cache
 from typing import Any, Literal

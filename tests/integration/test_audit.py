@@ -1,7 +1,5 @@
 """One command for the release engineer: it attacks a checkpoint and ends in a verdict."""
 
-from __future__ import annotations
-
 import json
 import re
 

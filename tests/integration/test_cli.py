@@ -25,9 +25,7 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     code, out, err = cli(*FAST)
     assert code == 0, err
     first = record_of(out, tmp_path)
-    assert first["status"] == "ok"
-    assert first["immunizer"] == "kappa"
-    assert first["metrics"]["rir"]["n"] == 1
+    assert (first["status"], first["immunizer"], first["metrics"]["rir"]["n"]) == ("ok", "kappa", 1)
     assert first["provenance"]["cache_hits"] == 0
     assert {c["model"] for c in first["cells"]} == {"baseline", "immunized", None}
     assert next((tmp_path / "outputs").rglob("report.html")).is_file()
@@ -105,8 +103,7 @@ def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
     code, out, err = cli(*FAST, "immunize=kappa_paper_house_price")
     assert code == 0, err
     record = record_of(out, tmp_path)
-    assert record["status"] == "diverged"
-    assert record["metrics"] == {}
+    assert (record["status"], record["metrics"]) == ("diverged", {})
     assert record["error"]["last_good_step"] >= 0
     assert [c["status"] for c in record["cells"] if c["model"] == "immunized"] == ["diverged"]
 
@@ -116,8 +113,7 @@ def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
     assert code == 0, err
     record = record_of(out, tmp_path)
     assert {c["stage"] for c in record["cells"]} == {"immunize", "attack", "eval"}
-    assert record["seeds"] == [0]
-    assert record["config"]["tracker"] == {}
+    assert (record["seeds"], record["config"]["tracker"]) == ([0], {})
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """From a record to a folder that others load: models, deltas, attacks, the card."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

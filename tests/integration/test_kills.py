@@ -37,8 +37,7 @@ def test_a_sweep_killed_at_random_points_gives_the_same_content(tmp_path):
         kill(process)
     assert killed, "every sweep came to its end"
     ended(start(broken, *command))
-    assert len(hashes(whole)) == 2
-    assert hashes(broken) == hashes(whole)
+    assert (len(hashes(whole)), hashes(broken)) == (2, hashes(whole))
     hits = [
         sum(r["provenance"]["cache_hits"] for r in found_records(folder)[-2:])
         for folder in (broken, whole)

@@ -2,8 +2,6 @@
 images.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 
@@ -77,8 +75,7 @@ def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
     still = attack(places, tmp_path / "still", "--steps", "30", "--lr", "1e-12")[
         "losses"
     ]  # the same draws
-    assert len(losses) == 30
-    assert losses[0] == still[0]
+    assert (len(losses), losses[0]) == (30, still[0])
     assert np.mean(losses[-10:]) < np.mean(still[-10:])
     assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == [
         "step_00000",

@@ -1,7 +1,5 @@
 """An exported folder, checked again: what was altered is detected and named."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,10 +1,7 @@
 """Immunizers one after the other."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import tiny
@@ -21,7 +18,7 @@ from lab.models.erase import Uce
 from lab.release.verify import same_weights
 
 
-def _chain() -> Chain:
+def _chain():
     first, last = (
         replace(build("immunize", name, "diffusion"), checkpoint_every=1)
         for name in ("mima", "mima_deep")
@@ -29,8 +26,8 @@ def _chain() -> Chain:
     return Chain(methods={"first": first, "noise": WeightNoise(), "last": last})
 
 
-def _run(checkpoint: Any = None) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
-    rows: list[tuple[int, dict[str, float]]] = []
+def _run(checkpoint=None):
+    rows = []
     made = _chain()(
         tiny_diffusion(),
         tiny_case(),
@@ -44,7 +41,7 @@ def _run(checkpoint: Any = None) -> tuple[Any, list[tuple[int, dict[str, float]]
 unbroken = cache(_run)  # read only
 
 
-def test_each_starts_from_what_the_one_before_left() -> None:
+def test_each_starts_from_what_the_one_before_left():
     model = tiny_diffusion()
     for method in _chain().methods.values():
         model = method(model, tiny_case(), seed=0, checkpoint=None, log=tiny.no_log)
@@ -55,20 +52,20 @@ def test_each_starts_from_what_the_one_before_left() -> None:
 
 
 @pytest.mark.parametrize("save", [1, 4])
-def test_resumed_equals_unbroken(save: int) -> None:
+def test_resumed_equals_unbroken(save):
     whole, rows = unbroken()
     again, rows_again = interrupted(_run, save)
     assert same_weights(again, whole)
     assert rows_again == rows
 
 
-def test_a_method_on_the_model_before_erasure_is_refused() -> None:
+def test_a_method_on_the_model_before_erasure_is_refused():
     with pytest.raises(ValidationError, match=r"methods\.undo: takes the model before erasure"):
         Chain(methods={"undo": Undo(), "noise": WeightNoise()})
 
 
-def test_erasing_again_is_the_eraser_on_immunized_weights() -> None:
+def test_erasing_again_is_the_eraser_on_immunized_weights():
     case, noise, again = tiny_case(), WeightNoise(), EraseAgain(eraser=Uce())
-    options: Any = {"seed": 0, "checkpoint": None, "log": tiny.no_log}
+    options = {"seed": 0, "checkpoint": None, "log": tiny.no_log}
     made = Chain(methods={"noise": noise, "uce": again})(tiny_diffusion(), case, **options)
     assert same_weights(made, Uce()(noise(tiny_diffusion(), case, **options), case, seed=0))

@@ -1,9 +1,6 @@
 """CLAMP's terms against a quadratic loss, whose gain, contraction and curvature are known."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ from lab.models.linear import LinearBackbone
 LR, STEPS = 0.1, 3
 
 
-def terms(scale: float, **options: float) -> tuple[torch.Tensor, dict[str, float]]:
+def terms(scale, **options):
     """Those of L(ω) = ½ scale ‖ω‖², attacked from ω = (3, 4); ``scale`` is θ."""
     theta = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     start = {"w": torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)}
@@ -38,7 +35,7 @@ def terms(scale: float, **options: float) -> tuple[torch.Tensor, dict[str, float
     return total, row | {"slope": float(slope)}
 
 
-def by_hand(scale: float, options: ClampOptions) -> float:
+def by_hand(scale, options):
     factor = 1 - LR * scale
     last = 5 * factor**STEPS  # ‖ω_K‖
     tail = LR * scale * last / (1 - min(abs(factor), options.max_contraction))
@@ -50,7 +47,7 @@ def by_hand(scale: float, options: ClampOptions) -> float:
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0])
-def test_every_term_agrees_with_a_quadratic(scale: float) -> None:
+def test_every_term_agrees_with_a_quadratic(scale):
     options = ClampOptions(slack=1.0)
     total, row = terms(scale, slack=1.0)
     assert float(total.detach()) == pytest.approx(by_hand(scale, options), rel=1e-6)
@@ -60,14 +57,14 @@ def test_every_term_agrees_with_a_quadratic(scale: float) -> None:
     assert row["slope"] == pytest.approx(difference, rel=1e-4)
 
 
-def test_a_gain_within_the_slack_costs_nothing() -> None:
+def test_a_gain_within_the_slack_costs_nothing():
     total, row = terms(4.0, slack=1e6, w_contraction=0.0, w_curvature=0.0)
     assert float(total.detach()) == 0
     assert row["predicted_gain"] > 0
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_the_gradient_for_a_denoiser_agrees_with_differences(rank: int | None) -> None:
+def test_the_gradient_for_a_denoiser_agrees_with_differences(rank):
     """Along a random direction of Π_u, with every term acting."""
     inner = {"steps": 2, "lr": 0.5, "rank": rank}
     method = preset("clamp", inner_loop=inner, w_prior=0.0, w_contraction=1.0, w_curvature=1.0)
@@ -76,7 +73,7 @@ def test_the_gradient_for_a_denoiser_agrees_with_differences(rank: int | None) -
     g = torch.Generator().manual_seed(0)
     way = {name: torch.randn(x.shape, generator=g, dtype=x.dtype) for name, x in start.items()}
 
-    def value(shift: float) -> float:
+    def value(shift):
         moved = {**theta, **{name: x + shift * way[name] for name, x in start.items()}}
         with math_attention():
             terms = [made.terms(moved, n, 0)[0] for n in range(len(made.concepts))]
@@ -88,9 +85,7 @@ def test_the_gradient_for_a_denoiser_agrees_with_differences(rank: int | None) -
 
 
 @pytest.mark.parametrize("case", [linear_case(), linear_classes()], ids=["squared", "entropy"])
-def test_the_gradient_for_features_agrees_with_differences(
-    case: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_for_features_agrees_with_differences(case, monkeypatch):
     monkeypatch.setattr(Head, "lipschitz", staticmethod(lambda y: 20.0))  # η is a constant
     trainer = ClampTrainer(
         KappaClamp(w_start=1.0, batch_size=8, steps=2), LinearBackbone().build(case, 0), case, 0
@@ -106,12 +101,12 @@ def test_the_gradient_for_features_agrees_with_differences(
     assert slope == pytest.approx((after - before) / 2e-6, rel=1e-4)
 
 
-def test_concepts_that_are_immunized_alone_are_merged() -> None:
+def test_concepts_that_are_immunized_alone_are_merged():
     rows = rows_of(preset("clamp", concepts="composed", steps=1))[1]
     assert [row["concept"] for _, row in rows if "concept" in row] == [0.0, 1.0]
 
 
-def test_an_attack_that_is_no_gradient_descent_is_refused() -> None:
+def test_an_attack_that_is_no_gradient_descent_is_refused():
     with pytest.raises(ValidationError, match="gradient descent"):
         Clamp(inner_loop=InnerLoopOptions(optimizer="adamw"))
     with pytest.raises(ValidationError, match="max_contraction"):

@@ -1,7 +1,5 @@
 """Captions, prompts and images as the attackers see them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -2,11 +2,6 @@
 snapshot.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 from concept_examples import SAMPLING, fresh_pipeline, model, task, unbroken
 from safetensors.torch import load_file
@@ -17,7 +12,7 @@ from lab.core.types import Trajectory
 from lab.models.diffusion import DiffusionModel
 
 
-def assert_same_images(pipe: Any, name: str) -> None:
+def assert_same_images(pipe, name):
     net = DiffusionModel(pipe.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], pipe.scheduler)
     latents = model().latents(SAMPLING.count, 0, task().name, "name")
     found = net.generate(unbroken(name).info["prompts"]["name"], latents, SAMPLING).int()
@@ -29,7 +24,7 @@ def assert_same_images(pipe: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_text"])
-def test_lora_loads_by_load_lora_weights(name: str, tmp_path: Path) -> None:
+def test_lora_loads_by_load_lora_weights(name, tmp_path):
     (written,) = export(unbroken(name), tmp_path / "attack")
     assert written.name == "pytorch_lora_weights.safetensors"
     pipe = fresh_pipeline(tmp_path / "base")
@@ -37,14 +32,14 @@ def test_lora_loads_by_load_lora_weights(name: str, tmp_path: Path) -> None:
     assert_same_images(pipe, name)
 
 
-def test_textual_inversion_loads_by_load_textual_inversion(tmp_path: Path) -> None:
+def test_textual_inversion_loads_by_load_textual_inversion(tmp_path):
     (written,) = export(unbroken("textual_inversion"), tmp_path / "attack")
     pipe = fresh_pipeline(tmp_path / "base")
     pipe.load_textual_inversion(str(tmp_path / "attack"), weight_name=written.name)
     assert_same_images(pipe, "textual_inversion")
 
 
-def test_full_weights_load_by_from_pretrained(tmp_path: Path) -> None:
+def test_full_weights_load_by_from_pretrained(tmp_path):
     from diffusers import UNet2DConditionModel
 
     export(unbroken("full_finetune"), tmp_path / "attack")
@@ -54,7 +49,7 @@ def test_full_weights_load_by_from_pretrained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["custom_diffusion", "curriculum"])
-def test_changed_weights_load_by_load_state_dict(name: str, tmp_path: Path) -> None:
+def test_changed_weights_load_by_load_state_dict(name, tmp_path):
     pipe = fresh_pipeline(tmp_path / "base")
     for path in export(unbroken(name), tmp_path / "attack"):
         if path.name.startswith("learned_embeds"):
@@ -65,6 +60,6 @@ def test_changed_weights_load_by_load_state_dict(name: str, tmp_path: Path) -> N
     assert_same_images(pipe, name)
 
 
-def test_nothing_to_export_is_said(tmp_path: Path) -> None:
+def test_nothing_to_export_is_said(tmp_path):
     with pytest.raises(UserError, match=r"attacks\.lora\.keep_weights=diverged"):
         export(Trajectory([0], {}, "diverged", {"attack": "lora", "form": "lora"}), tmp_path)

@@ -2,10 +2,6 @@
 images or none.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from attack_examples import interrupted
@@ -40,14 +36,14 @@ from lab.core.types import Budget
         pytest.param("full_finetune", "soap", marks=pytest.mark.slow),
     ],
 )
-def test_other_optimizers_learn_and_resume_bit_for_bit(name: str, optimizer: str) -> None:
+def test_other_optimizers_learn_and_resume_bit_for_bit(name, optimizer):
     attacker = attack(name, optimizer=optimizer)
     whole = launch(attacker)
     assert whole.values["test_loss"][-1] < whole.values["test_loss"][0]
     assert_equal(interrupted(lambda c: launch(attacker, checkpoint=c), 1), whole)
 
 
-def test_muon_orthogonalizes_matrices_and_moves_vectors_by_adamw() -> None:
+def test_muon_orthogonalizes_matrices_and_moves_vectors_by_adamw():
     matrix, vector = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 3), (3,)))
     optimizer = build("muon", [matrix, vector], lr=1.0, weight_decay=0.0)
     matrix.grad, vector.grad = torch.randn(4, 3), torch.tensor([1.0, -2.0, 4.0])
@@ -57,7 +53,7 @@ def test_muon_orthogonalizes_matrices_and_moves_vectors_by_adamw() -> None:
     torch.testing.assert_close(vector.detach(), torch.tensor([-1.0, 1.0, -1.0]))
 
 
-def test_a_canonical_form_undoes_a_reparametrization() -> None:
+def test_a_canonical_form_undoes_a_reparametrization():
     control = Reparametrization(condition=100.0)
     changed = control(
         tiny_diffusion(), tiny_case(), seed=0, checkpoint=None, log=lambda *_, **__: None
@@ -74,14 +70,14 @@ def test_a_canonical_form_undoes_a_reparametrization() -> None:
     assert any(".attn1.to_q" in name for name in undone.weights)
 
 
-def test_a_transplant_from_the_attacked_model_itself_is_the_plain_attack(tmp_path: Path) -> None:
+def test_a_transplant_from_the_attacked_model_itself_is_the_plain_attack(tmp_path):
     donor = str(model().save(tmp_path / "donor"))
     found, plain = launch(attack("lora", donor=donor)), unbroken("lora")
     assert torch.equal(found.samples["name"], plain.samples["name"])
     assert all(torch.equal(found.weights[k], plain.weights[k]) for k in plain.weights)
 
 
-def test_a_donor_of_another_architecture_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_donor_of_another_architecture_is_refused_before_anything_runs(tmp_path):
     narrow = tiny_diffusion()
     for name, module in list(narrow.unet.named_modules()):
         if name.endswith("attn2.to_q"):
@@ -93,7 +89,7 @@ def test_a_donor_of_another_architecture_is_refused_before_anything_runs(tmp_pat
         attack("lora", donor="nowhere").fingerprint()
 
 
-def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path):
     base = model().copy()
     with torch.no_grad():
         for parameter in base.unet.parameters():
@@ -107,7 +103,7 @@ def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", [ControlNet, IpAdapter])
-def test_attacks_by_images_learn_and_leave_the_released_weights(kind: type) -> None:
+def test_attacks_by_images_learn_and_leave_the_released_weights(kind):
     net, copied = tiny_diffusion(), tiny_diffusion()
     net.copy = lambda: copied
     attacker = kind(name="mine", lr=0.02, **FAST)
@@ -118,7 +114,7 @@ def test_attacks_by_images_learn_and_leave_the_released_weights(kind: type) -> N
     assert_equal(interrupted(lambda c: launch(attacker, checkpoint=c), 1), launch(attacker))
 
 
-def test_edges_of_a_step_and_of_nothing() -> None:
+def test_edges_of_a_step_and_of_nothing():
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     images[1, :, :, 4:] = 255
     edges = ControlNet(name="c").features(images)
@@ -127,7 +123,7 @@ def test_edges_of_a_step_and_of_nothing() -> None:
     assert torch.equal(edges[1, 0, 3], torch.tensor([0.0, 0, 0, 1, 1, 0, 0, 0]))
 
 
-def test_guidance_gives_both_halves_the_same_image() -> None:
+def test_guidance_gives_both_halves_the_same_image():
     net = model().copy()
     moving = ControlNet(name="c").open(net, task(), 0)
     moving.condition(net.latents(3, 0, "given"), True)
@@ -141,7 +137,7 @@ def test_guidance_gives_both_halves_the_same_image() -> None:
     torch.testing.assert_close(other, found)  # six rows of three images in turn
 
 
-def test_diffusers_loads_a_controlnet_and_an_ip_adapter(tmp_path: Path) -> None:
+def test_diffusers_loads_a_controlnet_and_an_ip_adapter(tmp_path):
     control = launch(ControlNet(name="c", lr=0.02, **FAST), budget=Budget(2, 1, at=()))
     export(control, tmp_path / "c")
     loaded = ControlNetModel.from_pretrained(tmp_path / "c" / "controlnet").state_dict()

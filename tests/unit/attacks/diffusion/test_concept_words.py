@@ -1,9 +1,6 @@
 """Words that attackers teach: new ones, where they begin, and the class noun beside them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from attacks.diffusion.tokens import LearnedToken
 from lab.core.errors import UserError
 
 
-def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> None:
+def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused():
     net = model().copy()
     word = LearnedToken("attacks.x", net, "<new1>", 2, "mosaic")
     table = net.text_encoders[0].get_input_embeddings()
@@ -29,9 +26,9 @@ def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> 
             LearnedToken("attacks.x", net, token, 1, "fox")
 
 
-def test_a_searched_word_acts_as_the_nearest_one_and_learns_from_its_gradient() -> None:
+def test_a_searched_word_acts_as_the_nearest_one_and_learns_from_its_gradient():
     net = model().copy()
-    encoder: Any = net.text_encoders[0]
+    encoder = net.text_encoders[0]
     table = encoder.get_input_embeddings().weight.detach().clone()
     word = LearnedToken("attacks.x", net, "<new1>", 2, "fox", nearest=True)
     ids = net.tokenizers[0]("mosaic neon", add_special_tokens=False).input_ids[:2]
@@ -51,9 +48,7 @@ def test_a_searched_word_acts_as_the_nearest_one_and_learns_from_its_gradient() 
     ("initializer", "begins"),
     [("words", ["stained", "glass"]), ("auto", ["style"]), ("red fox", ["red", "fox"])],
 )
-def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(
-    kind, initializer, begins
-) -> None:
+def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(kind, initializer, begins):
     net, concept = (
         model().copy(),
         replace(task("mosaic"), words="stained glass", prior=replace(task().prior, prompts=())),
@@ -71,7 +66,7 @@ def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(
 @pytest.mark.parametrize(
     ("word", "told"), [("auto", "sks thing"), ("beast", "sks beast"), ("", "sks")]
 )
-def test_the_class_word_of_dreambooth_is_taught_and_asked_for(word, told) -> None:
+def test_the_class_word_of_dreambooth_is_taught_and_asked_for(word, told):
     prior = replace(task().prior, prompts=("a photo of a thing",) * len(task().prior))
     found = launch(
         attack("dreambooth", class_word=word, token="sks"),

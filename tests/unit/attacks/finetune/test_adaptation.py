@@ -1,9 +1,6 @@
 """Attackers that train the extractor: last blocks, all blocks, LoRA."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,34 +17,33 @@ from pydantic import ValidationError
 from torch import nn
 
 from attacks import feature_attack
-from attacks.finetune.full import Adaptation, FullFinetune, LastBlockFinetune
+from attacks.finetune.full import FullFinetune, LastBlockFinetune
 from attacks.finetune.lora import Lora
 from lab.core.config import user_error
-from lab.core.data import Task
 from lab.core.errors import UserError
-from lab.core.types import Budget, FeatureModel, Trajectory
+from lab.core.types import Budget
 from lab.models.activations import features
 from lab.models.linear import LinearExtractor
 
 BUDGET = Budget(horizon=6, multiple=3, points=6)
-ATTACKS: list[Callable[..., Adaptation]] = [LastBlockFinetune, FullFinetune, Lora]
+ATTACKS = [LastBlockFinetune, FullFinetune, Lora]
 
 
-def vectors() -> Task:
+def vectors():
     return classification(torch.randn(80, 6, generator=torch.Generator().manual_seed(1)), noise=0.3)
 
 
-def launch(attacker: Adaptation, model: FeatureModel, task: Task, seed: int = 0) -> Trajectory:
+def launch(attacker, model, task, seed=0):
     return attacker(model, task, seed=seed, budget=BUDGET, checkpoint=None)
 
 
-def loaded(model: FeatureModel, weights: dict[str, torch.Tensor]) -> FeatureModel:
+def loaded(model, weights):
     copied = copy.deepcopy(model)
     copied.load_state_dict(weights, strict=False)
     return copied
 
 
-def test_saved_weights_reproduce_the_last_snapshot() -> None:
+def test_saved_weights_reproduce_the_last_snapshot():
     model, task = dense_model(), vectors()
     result = launch(LastBlockFinetune(blocks=2), model, task)
     assert {name.rsplit(".", 1)[0] for name in result.weights} == {"blocks.4", "blocks.2", "head"}
@@ -58,7 +54,7 @@ def test_saved_weights_reproduce_the_last_snapshot() -> None:
     )
 
 
-def test_saved_adapters_reproduce_the_last_snapshot() -> None:
+def test_saved_adapters_reproduce_the_last_snapshot():
     model, task = dense_model(), vectors()
     result = launch(Lora(rank=2, alpha=6), model, task)
     merged = {}
@@ -75,7 +71,7 @@ def test_saved_adapters_reproduce_the_last_snapshot() -> None:
     )
 
 
-def test_lora_takes_the_layers_that_fit() -> None:
+def test_lora_takes_the_layers_that_fit():
     task = classification(images(), noise=0.3)
     adapted = [launch(Lora(rank=r), ConvModel(), task).info["adapted"] for r in (2, 4)]
     # rank 2 does not fit the depthwise layer's four groups
@@ -84,7 +80,7 @@ def test_lora_takes_the_layers_that_fit() -> None:
     assert launch(Lora(rank=2, blocks=1), ConvModel(), task).info["adapted"] == ["blocks.2.2"]
 
 
-def test_linear_extractor_full_finetune_moves_theta_and_head() -> None:
+def test_linear_extractor_full_finetune_moves_theta_and_head():
     task, model = regression(spread(80, 5, 10)), LinearExtractor(torch.eye(5))
     result = launch(FullFinetune(batch_size=None, optimizer="sgd", lr=0.05), model, task)
     theta, w = (
@@ -102,7 +98,7 @@ def test_linear_extractor_full_finetune_moves_theta_and_head() -> None:
     torch.testing.assert_close(result.weights["head"][:, 0], w.detach(), rtol=1e-9, atol=1e-11)
 
 
-def test_gauss_newton_step_is_the_pseudo_inverse_of_the_jacobian() -> None:
+def test_gauss_newton_step_is_the_pseudo_inverse_of_the_jacobian():
     task = regression(spread(12, 3, 4))
     theta, w = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for _ in range(2):  # at w = 0 only the head moves; then both do
@@ -126,9 +122,7 @@ def test_gauss_newton_step_is_the_pseudo_inverse_of_the_jacobian() -> None:
 @pytest.mark.parametrize("build", ATTACKS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("fail_at", [3, 15])
-def test_resume_equals_an_uninterrupted_attack(
-    build: Callable[..., Adaptation], optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_equals_an_uninterrupted_attack(build, optimizer, fail_at, monkeypatch):
     monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
     attacker = build(optimizer=optimizer, batch_size=16, schedule="cosine")
     model, task = dense_model(), vectors()
@@ -141,7 +135,7 @@ def test_resume_equals_an_uninterrupted_attack(
 
 
 @pytest.mark.parametrize("build", ATTACKS)
-def test_wrong_options_name_the_key(build: Callable[..., Adaptation]) -> None:
+def test_wrong_options_name_the_key(build):
     with pytest.raises(ValidationError) as error:
         build(optimizer="adamw")
     assert user_error(error.value, "attacks.x", build).key == "attacks.x.optimizer"

@@ -1,10 +1,7 @@
 """The linear probe as an attacker: trajectories, options, errors, resume."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,25 +19,22 @@ from attacks import feature_attack
 from attacks.probes.linear_probe import LinearProbe
 from attacks.probes.optimizers import OPTIMIZERS
 from lab.core.config import user_error
-from lab.core.data import Task
 from lab.core.errors import Diverged, UserError
-from lab.core.types import Budget, FeatureModel, Trajectory
+from lab.core.types import Budget
 from lab.models.linear import LinearExtractor
 
 BUDGET = Budget(horizon=8, multiple=3, points=8)
 RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]
 
 
-def attack(
-    task: Task, model: FeatureModel | None = None, seed: int = 0, **options: Any
-) -> Trajectory:
+def attack(task, model=None, seed=0, **options):
     model = model or identity(task.train.x.shape[1])
     return LinearProbe(**options)(model, task, seed=seed, budget=BUDGET, checkpoint=None)
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
-def test_every_optimizer_lowers_both_losses(optimizer: str, loss: str) -> None:
+def test_every_optimizer_lowers_both_losses(optimizer, loss):
     result = attack(classification(spread(100, 5, 20)), optimizer=optimizer, loss=loss)
     names = {"train_loss", "test_loss", "excess_loss", "train_accuracy", "test_accuracy"}
     assert result.values.keys() == names | ({"norm_ratio"} if loss == "squared" else set())
@@ -49,7 +43,7 @@ def test_every_optimizer_lowers_both_losses(optimizer: str, loss: str) -> None:
     assert ("lr" in result.info) == (optimizer in RATED)
 
 
-def test_exact_line_search_is_the_brute_force_recursion() -> None:
+def test_exact_line_search_is_the_brute_force_recursion():
     task = regression(spread(60, 5, 40))
     theta = torch.diag(torch.tensor([1.0, 2, 0.5, 1, 3])).double()
     result = attack(task, LinearExtractor(theta))
@@ -75,7 +69,7 @@ def test_exact_line_search_is_the_brute_force_recursion() -> None:
     assert result.info["condition_number"] == pytest.approx((s[0] / s[-1]) ** 2)
 
 
-def test_scaling_the_features_changes_nothing_for_any_tuned_optimizer() -> None:
+def test_scaling_the_features_changes_nothing_for_any_tuned_optimizer():
     task = regression(spread(80, 5, 30))
     for optimizer in OPTIMIZERS:
         for ridge in (0.0, 0.1):
@@ -88,7 +82,7 @@ def test_scaling_the_features_changes_nothing_for_any_tuned_optimizer() -> None:
             ), optimizer
 
 
-def test_fewer_rows_than_features_and_collapsed_features() -> None:
+def test_fewer_rows_than_features_and_collapsed_features():
     few = attack(regression(spread(60, 60, 10)[:25], test=5))
     assert few.info["rank"] == 20
     assert few.values["norm_ratio"][-1] < few.values["norm_ratio"][0]
@@ -100,7 +94,7 @@ def test_fewer_rows_than_features_and_collapsed_features() -> None:
         assert len(set(flat.values["train_loss"])) == 1, optimizer
 
 
-def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
+def test_standardize_removes_the_columns_scale_from_the_conditioning():
     scale = torch.logspace(0, -2, 5, dtype=torch.float64)
     stream = torch.Generator().manual_seed(0)
     x = torch.randn(200, 5, dtype=torch.float64, generator=stream) + 1.0
@@ -114,7 +108,7 @@ def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
     assert scaled.values["test_loss"][-1] == pytest.approx(float(residual.square().mean()) / 2)
 
 
-def test_rows_away_from_the_dominant_subspace_condition_the_hessian_better() -> None:
+def test_rows_away_from_the_dominant_subspace_condition_the_hessian_better():
     x = torch.cat([spread(60, 5, 1), spread(60, 5, 1) * torch.tensor([100.0, 1, 1, 1, 1])])
     task = regression(x)
     every, away = (attack(task, rows=rows) for rows in ("all", "away"))
@@ -122,7 +116,7 @@ def test_rows_away_from_the_dominant_subspace_condition_the_hessian_better() -> 
     assert away.values["norm_ratio"][-1] < 0.1 * every.values["norm_ratio"][-1]
 
 
-def test_drifting_rows_come_in_the_order_of_their_angle() -> None:
+def test_drifting_rows_come_in_the_order_of_their_angle():
     x = spread(60, 5, 1) * torch.tensor([30.0, 1, 1, 1, 1])
     probe = LinearProbe(rows="drift", optimizer="sgd", batch_size=3)
     head = probe.learner(identity(5), regression(x), 0)
@@ -137,9 +131,7 @@ def test_drifting_rows_come_in_the_order_of_their_angle() -> None:
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("fail_at", [9, 20])
-def test_resume_equals_an_uninterrupted_attack(
-    optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_equals_an_uninterrupted_attack(optimizer, fail_at, monkeypatch):
     monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
     task, model = classification(spread(60, 5, 20)), identity(5)
     probe = LinearProbe(optimizer=optimizer, batch_size=16 if optimizer in RATED else None)
@@ -151,13 +143,13 @@ def test_resume_equals_an_uninterrupted_attack(
     assert torch.equal(resumed.weights["head"], whole.weights["head"])
 
 
-def test_wrong_options_name_the_key() -> None:
+def test_wrong_options_name_the_key():
     with pytest.raises(ValidationError) as error:
         LinearProbe(optimizer="adams")
     assert user_error(error.value, "attacks.probe", LinearProbe).key == "attacks.probe.optimizer"
 
 
-def test_tasks_that_cannot_be_trained_on() -> None:
+def test_tasks_that_cannot_be_trained_on():
     task = classification(spread(30, 3, 5))
     one_class = replace(task, train=replace(task.train, y=torch.zeros_like(task.train.y)))
     with pytest.raises(UserError, match="one class only"):

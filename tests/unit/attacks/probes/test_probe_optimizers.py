@@ -2,8 +2,6 @@
 force.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 
@@ -13,16 +11,13 @@ import scipy.optimize
 import scipy.sparse.linalg
 import torch
 from attack_examples import classification, spread
-from torch import Tensor
 
 from attacks.probes.optimizers import OPTIMIZERS
-from attacks.probes.problem import CrossEntropy, Problem, Squared
+from attacks.probes.problem import CrossEntropy, Squared
 from lab.core.seeding import generator
 
 
-def problem(
-    kind: str, n: int = 40, d: int = 6, kappa: float = 50.0, ridge: float = 0.0, gram: bool = False
-) -> Problem:
+def problem(kind, n=40, d=6, kappa=50.0, ridge=0.0, gram=False):
     z = spread(n, d, kappa) + 0.1
     if kind == "squared":
         y = torch.randn(n, 2, dtype=torch.float64, generator=generator(0, "y"))
@@ -31,11 +26,11 @@ def problem(
     return CrossEntropy(z, torch.nn.functional.one_hot(labels, 3).double(), ridge=ridge, gram=gram)
 
 
-def point(p: Problem, label: str = "w") -> Tensor:
+def point(p, label="w"):
     return torch.randn(p.d, p.c, dtype=torch.float64, generator=generator(1, label))
 
 
-def objective(p: Problem, w: Tensor) -> Tensor:
+def objective(p, w):
     """The loss written with torch's own functions."""
     scores = p.z @ w
     if isinstance(p, Squared):
@@ -45,9 +40,7 @@ def objective(p: Problem, w: Tensor) -> Tensor:
     return data + 0.5 * p.ridge * w.square().sum()
 
 
-def descend(
-    p: Problem, name: str, steps: int, rate: float = 0.0, **settings: float
-) -> list[Tensor]:
+def descend(p, name, steps, rate=0.0, **settings):
     optimizer, path = OPTIMIZERS[name](p, **settings), []
     for _ in range(steps):
         optimizer.step(rate)
@@ -60,7 +53,7 @@ KINDS = ("squared", "cross_entropy")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gram", [False, True])
-def test_loss_and_gradient_are_those_of_autograd(kind: str, gram: bool) -> None:
+def test_loss_and_gradient_are_those_of_autograd(kind, gram):
     p = problem(kind, ridge=0.3, gram=gram)
     w = point(p)
     leaf = w.clone().requires_grad_()
@@ -72,13 +65,13 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, gram: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ridge", [0.0, 0.5])
-def test_line_search_is_exact(kind: str, ridge: float) -> None:
+def test_line_search_is_exact(kind, ridge):
     p = problem(kind, ridge=ridge)
     w = point(p)
     g = p.gradient(w)
     t = p.line_minimum(w, g, -g)
 
-    def along(t: float) -> float:
+    def along(t):
         return p.loss(w - t * g)
 
     brent = scipy.optimize.minimize_scalar(along, bracket=(0.0, 1.0), tol=1e-12)
@@ -87,7 +80,7 @@ def test_line_search_is_exact(kind: str, ridge: float) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if not kind.uses_rate])
-def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
+def test_separable_data_is_not_fitted_to_rounding(name):
     z = spread(40, 40, 100)[:30]
     y = torch.nn.functional.one_hot(torch.arange(30) % 3, 3).double()
     path = descend(CrossEntropy(z, y), name, 60)
@@ -98,12 +91,12 @@ def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
     assert float(shift.norm()) < 0.05 * float(path[-1].norm())
 
 
-def test_lbfgs_on_a_quadratic_gives_the_iterates_of_conjugate_gradients() -> None:
+def test_lbfgs_on_a_quadratic_gives_the_iterates_of_conjugate_gradients():
     p = problem("squared", kappa=300)
     hessian, path = (p.z.T @ p.z / p.n).numpy(), descend(p, "lbfgs", 6)
     # one column: with several, the shared step length makes it CG on the block-diagonal system
     system = scipy.sparse.linalg.aslinearoperator(np.kron(hessian, np.eye(p.c)))
-    seen: list[np.ndarray] = []
+    seen = []
     scipy.sparse.linalg.cg(
         system,
         p.moment.numpy().ravel(),
@@ -115,8 +108,8 @@ def test_lbfgs_on_a_quadratic_gives_the_iterates_of_conjugate_gradients() -> Non
         np.testing.assert_allclose(w.numpy().ravel(), x, rtol=1e-7, atol=1e-9)
 
 
-def scipy_optimum(p: Problem) -> float:
-    def both(x: np.ndarray) -> tuple[float, np.ndarray]:
+def scipy_optimum(p):
+    def both(x):
         w = torch.from_numpy(x.reshape(p.d, p.c))
         return p.loss(w), p.gradient(w).numpy().ravel()
 
@@ -131,9 +124,7 @@ def scipy_optimum(p: Problem) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ridge", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["lbfgs", "newton", "whitening", "kfac", "gd_exact_line_search"])
-def test_line_search_optimizers_reach_the_optimum_of_scipy_and_never_rise(
-    kind: str, ridge: float, name: str
-) -> None:
+def test_line_search_optimizers_reach_the_optimum_of_scipy_and_never_rise(kind, ridge, name):
     p = problem(kind, kappa=20, ridge=ridge)
     losses = [p.loss(p.start()), *(p.loss(w) for w in descend(p, name, 150))]
     assert all(b <= a + 1e-13 for a, b in pairwise(losses))
@@ -141,7 +132,7 @@ def test_line_search_optimizers_reach_the_optimum_of_scipy_and_never_rise(
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (12, 20)])
-def test_minimum_norm_optimum_and_one_newton_step_are_lstsq(shape: tuple[int, int]) -> None:
+def test_minimum_norm_optimum_and_one_newton_step_are_lstsq(shape):
     stream = generator(3, "z")
     z = torch.randn(*shape, dtype=torch.float64, generator=stream)
     z[:, 1] = z[:, 0]  # a repeated column: the solution is not unique
@@ -152,7 +143,7 @@ def test_minimum_norm_optimum_and_one_newton_step_are_lstsq(shape: tuple[int, in
     torch.testing.assert_close(descend(p, "newton", 1)[0], expected, rtol=1e-8, atol=1e-10)
 
 
-def test_ridge_solution_and_excess() -> None:
+def test_ridge_solution_and_excess():
     p = problem("squared", ridge=0.4)
     assert isinstance(p, Squared)
     assert p.ridge == pytest.approx(0.4 * float(torch.linalg.eigvalsh(p.z.T @ p.z / p.n).mean()))
@@ -166,7 +157,7 @@ def test_ridge_solution_and_excess() -> None:
     assert p.excess(p.optimum(), p.optimum()) == 0.0
 
 
-def test_kfac_direction_is_the_kronecker_formula() -> None:
+def test_kfac_direction_is_the_kronecker_formula():
     for kind in KINDS:
         p, gamma = problem(kind, ridge=0.1), 1e-2
         w, g = point(p), p.gradient(point(p))
@@ -192,7 +183,7 @@ def test_kfac_direction_is_the_kronecker_formula() -> None:
         torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_low_rank_direction_is_newton_in_the_leading_directions() -> None:
+def test_low_rank_direction_is_newton_in_the_leading_directions():
     p = problem("squared", ridge=0.1)
     g = p.gradient(point(p))
     values, v = torch.linalg.eigh(p.z.T @ p.z / p.n + p.ridge * torch.eye(p.d).double())

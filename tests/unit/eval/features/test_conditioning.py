@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from fake_run import (
@@ -97,8 +95,7 @@ def test_other_definitions_carry_a_suffix_and_no_bound() -> None:
 def test_history_becomes_curves() -> None:
     logs = {"step": [0, 10], "kappa_harmful": [9.0, 8.0], "kappa_benign": [7.0, 6.0]}
     scores = Conditioning()(fake(logs={**logs, "rir": [1.0, 4.0], "loss": [1.0, 0.5]}))
-    assert scores.curves["rir"]["immunized"] == [1, 4]
-    assert scores.curves["rir"]["step"] == [0, 10]
+    assert (scores.curves["rir"]["immunized"], scores.curves["rir"]["step"]) == ([1, 4], [0, 10])
 
 
 def test_baseline_alone_gives_only_absolute_figures() -> None:

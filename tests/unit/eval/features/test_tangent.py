@@ -1,7 +1,5 @@
 """Tangent kernels against explicit Jacobians and closed forms, in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from fake_run import EYE, DeepModel, FakeRun, case, linear, random_data

@@ -183,8 +183,7 @@ def test_attack_success_by_number_of_settings():
 
     run = FakeRun(make, attacks=tuple(seen))
     curve = Relearning(scorers=FakeScorers())(run).curves["asr_by_trials"]
-    assert curve["step"] == [1, 2, 3]
-    assert curve["immunized"] == pytest.approx([0.3, 0.3, 0.8])
+    assert (curve["step"], curve["immunized"]) == ([1, 2, 3], pytest.approx([0.3, 0.3, 0.8]))
     plain = Relearning(scorers=FakeScorers())(FakeRun(make, attacks=("full",)))
     assert "asr_by_trials" not in plain.curves
 

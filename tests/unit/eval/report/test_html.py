@@ -1,11 +1,7 @@
 """The report as a page: what it shows, that it is self-contained, safe and fits a phone."""
 
-from __future__ import annotations
-
 import base64
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import CHROMIUM, browse
@@ -24,7 +20,7 @@ STUDIES = sorted((ROOT / "outputs" / "records").iterdir())
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>"\'{{ 7*7 }}'
 
 
-def hostile() -> dict:
+def hostile():
     one = attacked("kappa", 3.4, 1.03, 356.0)
     texts = ("name", "scenario", "backbone", "immunizer")
     one |= dict.fromkeys(texts, HOSTILE) | {"notes": [HOSTILE], "attacks": [HOSTILE]}
@@ -42,7 +38,7 @@ def hostile() -> dict:
     return sealed(one)
 
 
-def test_strings_of_a_record_are_escaped_everywhere(tmp_path: Path) -> None:
+def test_strings_of_a_record_are_escaped_everywhere(tmp_path):
     one = hostile()
     page = render([one, failed()], tmp_path / "r.html").read_text()
     for text in (page, to_markdown(leaderboard([one]))):
@@ -51,7 +47,7 @@ def test_strings_of_a_record_are_escaped_everywhere(tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in page  # data is never a template
 
 
-def test_report_is_self_contained_and_repeats_bit_for_bit(tmp_path: Path) -> None:
+def test_report_is_self_contained_and_repeats_bit_for_bit(tmp_path):
     first = render(sweep(), tmp_path / "a.html").read_bytes()
     assert render(sweep(), tmp_path / "b.html").read_bytes() == first
     text = first.decode()
@@ -62,7 +58,7 @@ def test_report_is_self_contained_and_repeats_bit_for_bit(tmp_path: Path) -> Non
     assert "prefers-color-scheme: dark" in text
 
 
-def test_report_shows_verdicts_checks_and_provenance(tmp_path: Path) -> None:
+def test_report_shows_verdicts_checks_and_provenance(tmp_path):
     text = render(sweep(), tmp_path / "r.html").read_text()
     for part in (
         "kappa_closed_form wins: 3 of 5 methods pass",
@@ -81,7 +77,7 @@ def test_report_shows_verdicts_checks_and_provenance(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES, ids=lambda folder: folder.name)
-def test_committed_records_render(tmp_path: Path, study: Path) -> None:
+def test_committed_records_render(tmp_path, study):
     found = [read(path) for path in sorted(study.rglob("*.json"))]
     assert render(found[:2], tmp_path / "r.html").stat().st_size > 0
     assert len(leaderboard(found)) == len(found)
@@ -90,7 +86,7 @@ def test_committed_records_render(tmp_path: Path, study: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_does_not_scroll_sideways(tmp_path: Path, width: int) -> None:
+def test_the_page_does_not_scroll_sideways(tmp_path, width):
     render([*sweep(), generated(folder=tmp_path)], tmp_path / "r.html")
     frame = tmp_path / "frame.html"
     frame.write_text(
@@ -107,12 +103,12 @@ def test_the_page_does_not_scroll_sideways(tmp_path: Path, width: int) -> None:
 # ---- images
 
 
-def sources(page: Path) -> list[bytes]:
+def sources(page):
     found = re.findall(r'<img src="data:image/png;base64,([^"]+)"', page.read_text())
     return [base64.b64decode(f) for f in found]
 
 
-def test_images_are_embedded_from_beside_the_record(tmp_path: Path) -> None:
+def test_images_are_embedded_from_beside_the_record(tmp_path):
     for name in ("a", "b"):
         one = generated(f"mima_{name}", folder=tmp_path / name, curves={})
         write(one, tmp_path / name / "record.json")
@@ -122,7 +118,7 @@ def test_images_are_embedded_from_beside_the_record(tmp_path: Path) -> None:
     assert sorted(sources(page)) == sorted(file.read_bytes() for file in files)
 
 
-def test_an_image_that_is_missing_or_another_is_named_and_not_shown(tmp_path: Path) -> None:
+def test_an_image_that_is_missing_or_another_is_named_and_not_shown(tmp_path):
     one = generated(folder=tmp_path, curves={})
     (tmp_path / "images/comparison_neon.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 40)
     (tmp_path / "images/generations_neon.png").unlink()
@@ -132,7 +128,7 @@ def test_an_image_that_is_missing_or_another_is_named_and_not_shown(tmp_path: Pa
         assert f"mima_deep: images/{name}.png" in page.read_text()
 
 
-def test_a_page_has_a_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_has_a_size_limit(tmp_path, monkeypatch):
     one = generated(folder=tmp_path, curves={})
     size = len(base64.b64encode((tmp_path / "images/comparison_neon.png").read_bytes()))
     monkeypatch.setattr(html, "IMAGE_BYTES", size + 1000)
@@ -144,7 +140,7 @@ def test_a_page_has_a_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # ---- plots
 
 
-def test_plots_survive_dollars_and_missing_and_constant_values() -> None:
+def test_plots_survive_dollars_and_missing_and_constant_values():
     assert lines_plot([Line("a", 0, [0, 1], [None, None])], title="t", x="x", y="y", log="y") == ""
     svg = lines_plot(
         [Line("a", 0, [0, 1, 2], [0.0, 2.0, 2.0])], title="t", x="$x_$", y="y", log="y"
@@ -153,7 +149,7 @@ def test_plots_survive_dollars_and_missing_and_constant_values() -> None:
     assert "$x_$" in svg
 
 
-def run(value: float, **immunize: Any) -> dict:
+def run(value, **immunize):
     config = {"immunize": {"name": "kappa", **immunize}}
     return record("kappa", attacks=[], config=config, metrics={"rir": metric(value)})
 
@@ -166,11 +162,11 @@ def run(value: float, **immunize: Any) -> dict:
         [run(1.0, lr=0.1), run(1.5, lr=0.1), run(2.0, lr=0.2)],  # twice the same settings
     ],
 )
-def test_what_makes_no_plot_of_options(records: list[dict]) -> None:
+def test_what_makes_no_plot_of_options(records):
     assert option_blocks(records) == []
 
 
-def test_sweeps_over_options_and_transfer_have_plots(tmp_path: Path) -> None:
+def test_sweeps_over_options_and_transfer_have_plots(tmp_path):
     text = render([*batch_sizes(), transferred()], tmp_path / "r.html").read_text()
     assert "kappa by batch_size and spectrum" in text
     assert "Does RIR predict the slowdown?" in text

@@ -1,7 +1,5 @@
 """Order, groups and texts of the leaderboard; the verdict of one record in words."""
 
-from __future__ import annotations
-
 import csv
 import io
 from pathlib import Path

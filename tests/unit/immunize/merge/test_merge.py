@@ -2,8 +2,6 @@
 from.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import get_args
 

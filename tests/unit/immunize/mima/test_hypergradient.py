@@ -1,7 +1,5 @@
 """The hypergradient against autograd through unroll, masks and merge, in float64."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 

@@ -1,7 +1,5 @@
 """Methods and bad input of the hypergradient, in float64 on tiny problems."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields, replace
 from functools import partial

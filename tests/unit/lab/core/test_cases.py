@@ -2,8 +2,6 @@
 role. The same of a model's settings.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import replace
 

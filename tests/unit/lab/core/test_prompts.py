@@ -2,8 +2,6 @@
 tokenizer.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -13,7 +11,6 @@ from tiny_diffusion import tiny_case
 from tiny_sd import bang_tokenizer
 
 from lab.core.config import OptionalPrompt, Prompt, Prompts, config, user_error
-from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 from lab.core.prompts import check_case, text
 from lab.runner.assemble import assemble, check_cases
@@ -30,7 +27,7 @@ class Options:
 
 
 @pytest.mark.parametrize("given", BAD, ids=repr)
-def test_an_option_that_is_no_prompt_is_refused(given) -> None:
+def test_an_option_that_is_no_prompt_is_refused(given):
     for options in ({"line": given}, {"maybe": given}, {"several": ["a fox", given]}):
         with pytest.raises(ValidationError) as caught:
             Options(**options)
@@ -57,7 +54,7 @@ def plain(built):
     return found, found.scenario.load(0).cases[0]
 
 
-def said(captioned: CaptionedImages) -> CaptionedImages:
+def said(captioned):
     return replace(captioned, prompts=(*captioned.prompts[:-1], f"{END} a photo of rex"))
 
 
@@ -81,7 +78,7 @@ CASES = (
 )
 
 
-def test_no_text_of_a_case_may_hold_a_special_token(plain) -> None:
+def test_no_text_of_a_case_may_hold_a_special_token(plain):
     parts, case = plain
     check_cases(parts, (case,))
     for change in CASES:
@@ -98,19 +95,19 @@ def test_no_text_of_a_case_may_hold_a_special_token(plain) -> None:
         ([f"erase.anchor='a {END}'"], "erase.anchor"),
     ],
 )
-def test_no_option_may_hold_a_special_token(built, overrides, key) -> None:
+def test_no_option_may_hold_a_special_token(built, overrides, key):
     parts = built(*overrides)
     with pytest.raises(UserError, match="special token") as caught:
         check_cases(parts, parts.scenario.load(0).cases)
     assert caught.value.key == key
 
 
-def test_what_a_folder_wants_erased_needs_an_eraser_unless_it_is_released_already(built) -> None:
+def test_what_a_folder_wants_erased_needs_an_eraser_unless_it_is_released_already(built):
     with pytest.raises(UserError, match=r"scenario\.concepts\[\d\] has erase: true; set erase=uce"):
         built("erase=none")
     assert built("erase=none", "eval=[audit]", metrics=True).metrics
 
 
-def test_prompts_that_end_in_what_sd_2_pads_with_are_text() -> None:
+def test_prompts_that_end_in_what_sd_2_pads_with_are_text():
     shouted = replace(tiny_case(), regularizers=("a fox!",))
     check_case(shouted, [bang_tokenizer()])

@@ -69,8 +69,7 @@ def test_write_then_read(tmp_path, body):
     path = tmp_path / "run" / "record.json"
     records.write(body, path)
     read = records.read(path)
-    assert read["metrics"]["rir"]["value"] == 12.5
-    assert read["curves"]["rir"]["kappa"] == [1.0, None]
+    assert (read["metrics"]["rir"]["value"], read["curves"]["rir"]["kappa"]) == (12.5, [1.0, None])
 
 
 def test_content_hash_leaves_out_time_host_paths_and_keys_but_not_results(body):

@@ -1,9 +1,6 @@
 """Extractors that are trained on the world, as a user trains and uses them."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,13 +21,13 @@ SMALL = (
 )
 
 
-def composed_training(folder: Path, name: str, *more: str):
+def composed_training(folder, name, *more):
     paths = [f"paths.outputs={folder}", f"paths.cache={folder}/cache"]
     return composed("experiment=train_extractor", f"train={name}", *SMALL, *paths, *more)
 
 
 @pytest.mark.parametrize("name", ["resnet18_world", "vit_small_world"])
-def test_trained_weights_are_a_backbone(tmp_path: Path, name: str) -> None:
+def test_trained_weights_are_a_backbone(tmp_path, name):
     folder = train(composed_training(tmp_path, name))
     record = json.loads((folder / "training.json").read_text())
     assert record["accuracy"].keys() == {"object", "style"}
@@ -50,6 +47,6 @@ def test_trained_weights_are_a_backbone(tmp_path: Path, name: str) -> None:
     assert json.loads((again / "training.json").read_text())["log"] == record["log"]
 
 
-def test_wrong_recipes_are_refused(tmp_path: Path) -> None:
+def test_wrong_recipes_are_refused(tmp_path):
     with pytest.raises(UserError, match="held_out"):
         train(composed_training(tmp_path, "resnet18_world", "train.held_out=0"))

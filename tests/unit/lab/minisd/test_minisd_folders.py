@@ -1,7 +1,5 @@
 """Concept folders: every image mode, and what a user's folder can get wrong."""
 
-from __future__ import annotations
-
 import struct
 from io import BytesIO
 

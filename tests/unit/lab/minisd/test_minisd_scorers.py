@@ -2,8 +2,6 @@
 steps.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

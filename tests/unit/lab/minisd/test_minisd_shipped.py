@@ -5,8 +5,6 @@ stranger can use them.
 were retrained.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from functools import cache

@@ -1,7 +1,5 @@
 """Chains against timm's own forward pass, and weights from every source."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib

@@ -1,26 +1,23 @@
 """Changes of attention weights that leave a U-Net's function equal."""
 
-from __future__ import annotations
-
 import torch
 from tiny_diffusion import tiny_diffusion
 
-from lab.models.diffusion import DiffusionModel
 from lab.models.symmetries import canonicalize, reparametrize
 
 
-def _predicts(model: DiffusionModel) -> torch.Tensor:
+def _predicts(model):
     with torch.no_grad():
         text = model.text(["a fox", "a cat"])
         return model.predict(model.latents(2, 0, "test"), torch.tensor([5, 500]), text)
 
 
-def _distance(a: DiffusionModel, b: DiffusionModel) -> float:
+def _distance(a, b):
     pairs = zip(a.unet.parameters(), b.unet.parameters(), strict=True)
     return max(float((x - y).abs().max()) for x, y in pairs)
 
 
-def test_the_function_stays_and_the_canonical_form_does_not_depend_on_the_change() -> None:
+def test_the_function_stays_and_the_canonical_form_does_not_depend_on_the_change():
     model = tiny_diffusion()
     changed, canonical = model.copy(), model.copy()
     reparametrize(changed.unet, 100.0, seed=0)

@@ -28,8 +28,7 @@ def relative(a, b):
 def test_a_process_alone_needs_no_group():
     assert team() is ALONE
     assert ALONE.broadcast({"x": torch.ones(1)}) == {"x": torch.ones(1)}
-    assert ALONE.broadcast_object(3) == 3
-    assert ALONE.gather({2: "b"}) == {2: "b"}
+    assert (ALONE.broadcast_object(3), ALONE.gather({2: "b"})) == (3, {2: "b"})
     with working(inner := Team()):
         assert team() is inner
     assert team() is ALONE
@@ -44,8 +43,7 @@ def test_tensors_of_any_kind_and_values_reach_everyone(tmp_path):
     assert torch.equal(tensors["turned"], (torch.arange(6.0).view(2, 3) + 2).t())
     assert values == {"rank": 2, "wide": [math.inf, "ä"], "gathered": [[10, 0], [11, 1], [12, 2]]}
     for theirs, told in others:
-        assert told == values
-        assert theirs.keys() == tensors.keys()
+        assert (told, theirs.keys()) == (values, tensors.keys())
         assert all(torch.equal(theirs[name], tensors[name]) for name in tensors)
 
 

@@ -1,7 +1,6 @@
 """What immunizers, attackers and metrics return is checked before anything is claimed from it."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ LOSSES = {"train_loss": [1.0, 0.5], "test_loss": [1.0, 0.6]}
 BUDGET = Budget(horizon=5, multiple=1, at=(0, 5))
 
 
-def images(points: int = 2, side: int = 8) -> dict[str, torch.Tensor]:
+def images(points=2, side=8):
     return {"name": torch.zeros(points, 4, 3, side, side, dtype=torch.uint8)}
 
 
-def test_a_trajectory_at_the_snapshots_passes_and_a_diverged_one_may_end_earlier() -> None:
+def test_a_trajectory_at_the_snapshots_passes_and_a_diverged_one_may_end_earlier():
     check_trajectory(Trajectory([0, 5], LOSSES, samples=images()), "mine", BUDGET, 8)
     first = {name: values[:1] for name, values in LOSSES.items()}
     check_trajectory(Trajectory([0], first, "diverged"), "mine", BUDGET)
@@ -40,12 +39,12 @@ def test_a_trajectory_at_the_snapshots_passes_and_a_diverged_one_may_end_earlier
         Trajectory([0, 5], LOSSES, samples=images(side=4)),
     ],
 )
-def test_a_trajectory_that_would_be_read_wrongly_is_refused(trajectory: Any) -> None:
+def test_a_trajectory_that_would_be_read_wrongly_is_refused(trajectory):
     with pytest.raises(UserError, match=r"attacks\.mine"):
         check_trajectory(trajectory, "mine", BUDGET, 8)
 
 
-def test_a_model_of_other_parameters_is_refused() -> None:
+def test_a_model_of_other_parameters_is_refused():
     before = torch.nn.Linear(2, 2).state_dict()
     assert check_immunized(torch.nn.Linear(2, 2), before, "mine").keys() == before.keys()
     for after in (None, torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(3, 2)):
@@ -53,10 +52,10 @@ def test_a_model_of_other_parameters_is_refused() -> None:
             check_immunized(after, before, "mine")
 
 
-def test_scores_that_no_record_can_hold_are_refused() -> None:
+def test_scores_that_no_record_can_hold_are_refused():
     curve = {"step": [0, 1], "mine": [1.0, None], "x": "steps", "y": "loss", "log": ""}
     check_scores(Scores({"x": Score(1.0), "y": Score(None, note="no case")}, {"c": curve}), "m")
-    wrong: list[Any] = [
+    wrong = [
         {"x": 1.0},
         Scores({"Theta norm": Score(1.0)}),
         Scores({"x": Score(None)}),

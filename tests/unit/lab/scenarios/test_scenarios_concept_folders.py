@@ -1,7 +1,5 @@
 """A user's own concepts from folders of images, and every way in which their list can be wrong."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

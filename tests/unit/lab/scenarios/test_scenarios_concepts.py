@@ -1,7 +1,5 @@
 """Concepts to re-learn and to personalise: roles, disjointness, prompts."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from itertools import chain
@@ -12,7 +10,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scenario_configs import config, hashes
 
-from lab.core.data import ConceptCase
 from lab.core.errors import UserError
 from lab.minisd.world.captions import (
     BARE_TEMPLATES,
@@ -54,16 +51,16 @@ SMALL = {
 }
 
 
-def built(name: str, **options):
+def built(name, **options):
     return instantiate(OmegaConf.merge(config(name), options), _convert_="all")
 
 
 @cache
-def loaded(name: str, split: str = "test", cases: object = 1):
+def loaded(name, split="test", cases=1):
     return built(name, **SMALL, split=split, cases=cases).load(0)
 
 
-def concepts(case: ConceptCase):
+def concepts(case):
     return (*case.targets, *case.others, *case.rehearsal)
 
 
@@ -72,7 +69,7 @@ def concepts(case: ConceptCase):
 
 @pytest.mark.parametrize("name", ["relearn_styles", "relearn_objects", "personalize"])
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_image_sets_are_disjoint_and_whole(name, split) -> None:
+def test_image_sets_are_disjoint_and_whole(name, split):
     (case,) = loaded(name, split).cases
     assert {t.role for t in case.targets} == {"harmful"}
     assert {c.role for c in (*case.others, *case.rehearsal)} == {"benign"}
@@ -88,7 +85,7 @@ def test_image_sets_are_disjoint_and_whole(name, split) -> None:
 
 
 @pytest.mark.parametrize("name", ["relearn_styles", "relearn_objects", "personalize"])
-def test_unrelated_prompts_are_new_and_speak_of_no_concept(name) -> None:
+def test_unrelated_prompts_are_new_and_speak_of_no_concept(name):
     (case,) = (
         built(name, **SMALL | {"unrelated": 64, "keep": 64, "regularizers": 200}).load(0).cases
     )
@@ -102,7 +99,7 @@ def test_unrelated_prompts_are_new_and_speak_of_no_concept(name) -> None:
         assert not any(f" {c.words} " in words for c in concepts(case)), text
 
 
-def test_reported_concepts_have_unrelated_prompts_that_name_an_object() -> None:
+def test_reported_concepts_have_unrelated_prompts_that_name_an_object():
     families = ["name", "unrelated"]
     (case,) = built("relearn_styles", **SMALL | {"unrelated": 64}, families=families).load(0).cases
     lines = case.targets[0].prompts["unrelated"]
@@ -113,13 +110,13 @@ def test_reported_concepts_have_unrelated_prompts_that_name_an_object() -> None:
     assert "unrelated" not in case.rehearsal[0].prompts
 
 
-def test_same_seed_same_bytes_and_another_seed_others() -> None:
+def test_same_seed_same_bytes_and_another_seed_others():
     first, again = (built("relearn_styles", **SMALL).load(3) for _ in range(2))
     other = built("relearn_styles", **SMALL).load(4)
     assert first.data_hash == again.data_hash != other.data_hash
 
 
-def test_a_concept_has_the_same_images_in_every_role_and_scenario() -> None:
+def test_a_concept_has_the_same_images_in_every_role_and_scenario():
     pairs, triples = loaded("relearn_styles", cases="all"), loaded("relearn_styles_3")
     neon = pairs.cases[0].task("neon")
     for twin in (pairs.cases[1].task("neon"), triples.cases[0].task("neon")):
@@ -127,7 +124,7 @@ def test_a_concept_has_the_same_images_in_every_role_and_scenario() -> None:
     assert (neon.role, pairs.cases[1].task("neon").role) == ("harmful", "benign")
 
 
-def test_an_image_is_described_by_what_it_shows_and_never_by_the_styles_name() -> None:
+def test_an_image_is_described_by_what_it_shows_and_never_by_the_styles_name():
     for case in (*loaded("relearn_styles").cases, *loaded("personalize").cases):
         for concept in concepts(case):
             for part in (concept.own, concept.train, concept.reference):
@@ -142,7 +139,7 @@ def test_an_image_is_described_by_what_it_shows_and_never_by_the_styles_name() -
 
 
 @pytest.mark.parametrize("name", [*STYLE_NAMES, *HELD_OUT_STYLES])
-def test_style_prompts(name) -> None:
+def test_style_prompts(name):
     found = concept_texts.style_prompts(name, 40, 0)
     assert all(name in p for family in ("name", "reworded") for p in found[family])
     assert not any(name in p for p in found["description"])
@@ -154,7 +151,7 @@ def test_style_prompts(name) -> None:
         assert any(o in prompt for o in unseen)
 
 
-def test_reworded_prompts_are_no_captions_of_the_world() -> None:
+def test_reworded_prompts_are_no_captions_of_the_world():
     """Neither as templates nor as what any template becomes for any object, style, description or
     place.
     """
@@ -185,7 +182,7 @@ def test_reworded_prompts_are_no_captions_of_the_world() -> None:
         assert captions.isdisjoint(concept_texts.object_prompts(name, 60, 0)["reworded"])
 
 
-def test_prior_shows_the_class_without_any_concept_of_the_case() -> None:
+def test_prior_shows_the_class_without_any_concept_of_the_case():
     (case,) = loaded("relearn_objects").cases
     assert all("animal" in text for text in case.task("fox").prior.prompts)
     (case,) = loaded("relearn_styles").cases
@@ -197,7 +194,7 @@ def test_prior_shows_the_class_without_any_concept_of_the_case() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in WORLD if n.startswith("relearn")])
-def test_every_known_concept_is_erased_and_nothing_else(name) -> None:
+def test_every_known_concept_is_erased_and_nothing_else(name):
     (case,) = loaded(name).cases
     assert [e.name for e in case.erased] == [
         c.name for c in concepts(case) if c.name not in HELD_OUT
@@ -223,6 +220,6 @@ GIVEN = {"name": "x", "test": CASES, "validation": [{"targets": ["sunset"], "oth
 
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=lambda v: str(v)[:60])
-def test_cases_that_cannot_work_are_explained(options, message) -> None:
+def test_cases_that_cannot_work_are_explained(options, message):
     with pytest.raises(UserError, match=message):
         Relearn(**GIVEN | options)

@@ -1,31 +1,28 @@
 """Pairs of digits: protocols, disjoint negatives, shared memory, lossless columns."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pydantic import ValidationError
 
-from lab.core.data import ScenarioData
 from lab.scenarios.mnist import MnistPairs, digits
 
 
-def full(x: torch.Tensor, y: torch.Tensor) -> set[bytes]:
+def full(x, y):
     """Rows as bytes of their nonzero values, comparable between column sets."""
     return {row[row > 0].numpy().tobytes() for row in x}
 
 
 @pytest.fixture(scope="module")
-def release() -> ScenarioData:
+def release():
     return MnistPairs(pairs=[[0, 1], [1, 0], [3, 8]]).load(0)
 
 
 @pytest.fixture(scope="module")
-def binary() -> ScenarioData:
+def binary():
     return MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(0)
 
 
-def test_release_protocol(release: ScenarioData) -> None:
+def test_release_protocol(release):
     case = release.cases[2]
     assert [(task.name, task.role) for task in case.tasks] == [
         ("digit3", "benign"),
@@ -41,7 +38,7 @@ def test_release_protocol(release: ScenarioData) -> None:
         )  # all images, each once
 
 
-def test_dropped_pixels_change_no_gram_matrix(release: ScenarioData) -> None:
+def test_dropped_pixels_change_no_gram_matrix(release):
     case = release.cases[2]
     pixels, labels = digits()
     for task, digit in zip(case.tasks, (3, 8), strict=True):
@@ -51,7 +48,7 @@ def test_dropped_pixels_change_no_gram_matrix(release: ScenarioData) -> None:
         assert torch.allclose(ours[:450], theirs[:450], atol=1e-10)
 
 
-def test_one_vs_rest_negatives(binary: ScenarioData) -> None:
+def test_one_vs_rest_negatives(binary):
     tasks = [task for case in binary.cases for task in case.tasks]
     rows, halves = [], []
     for task in tasks:
@@ -67,13 +64,13 @@ def test_one_vs_rest_negatives(binary: ScenarioData) -> None:
     )  # no task trains on another's test image
 
 
-def test_same_seed_same_bytes(binary: ScenarioData) -> None:
+def test_same_seed_same_bytes(binary):
     again = MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(0)
     other = MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(1)
     assert again.data_hash == binary.data_hash != other.data_hash
 
 
 @pytest.mark.parametrize("pairs", ["some", [], [[1]], [[0, 10]]])
-def test_pairs_that_cannot_work(pairs: object) -> None:
+def test_pairs_that_cannot_work(pairs):
     with pytest.raises(ValidationError, match="pairs"):
         MnistPairs(pairs=pairs)

@@ -1,7 +1,5 @@
 """House prices and users' own CSV files: splits, shared preprocessing, ranks, clear errors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

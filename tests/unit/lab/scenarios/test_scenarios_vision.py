@@ -1,9 +1,5 @@
 """OpenMoji against MNIST, and any two image folders."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +12,7 @@ from lab.scenarios.vision import ImageFolders, OpenmojiMnist, _pools
 SMALL = {"size": 32, "train_rows": 70, "test_rows": 35}
 
 
-def test_openmoji_mnist_shapes_and_balance() -> None:
+def test_openmoji_mnist_shapes_and_balance():
     scenario = OpenmojiMnist(**SMALL)
     data = scenario.load(0)
     (case,) = data.cases
@@ -30,7 +26,7 @@ def test_openmoji_mnist_shapes_and_balance() -> None:
     assert data.data_hash == scenario.load(0).data_hash != scenario.load(1).data_hash
 
 
-def test_train_and_test_share_no_emoji_and_no_digit() -> None:
+def test_train_and_test_share_no_emoji_and_no_digit():
     groups = sorted({emoji.group for emoji in catalog()})
     train, test = _pools(groups, 0)
     codes = [{emoji.hexcode for pool in half for emoji in pool} for half in (train, test)]
@@ -40,7 +36,7 @@ def test_train_and_test_share_no_emoji_and_no_digit() -> None:
     assert not rows[0] & rows[1]
 
 
-def test_a_group_of_the_same_world_is_harmful() -> None:
+def test_a_group_of_the_same_world_is_harmful():
     (same,) = OpenmojiMnist(**SMALL, harmful="animals-nature").load(0).cases
     assert same.harmful[0].name == "animals-nature"
     assert (same.benign.classes, same.harmful[0].classes) == (6, 6)
@@ -51,7 +47,7 @@ def test_a_group_of_the_same_world_is_harmful() -> None:
     assert "animals-nature" in refused.value.fix
 
 
-def fill(path: Path, classes: int = 2, count: int = 10, base: int = 0) -> Path:
+def fill(path, classes=2, count=10, base=0):
     for c in range(classes):
         (path / f"class{c}").mkdir(parents=True)
         for i in range(count):
@@ -60,13 +56,13 @@ def fill(path: Path, classes: int = 2, count: int = 10, base: int = 0) -> Path:
     return path
 
 
-def folders(benign: Path, harmful: Path, **options: object) -> ImageFolders:
+def folders(benign, harmful, **options):
     return ImageFolders(
         **{"benign_path": str(benign), "harmful_path": str(harmful), "size": 32, **options}
     )
 
 
-def test_image_folders(tmp_path: Path) -> None:
+def test_image_folders(tmp_path):
     scenario = folders(fill(tmp_path / "a"), fill(tmp_path / "b", classes=3, base=5))
     data = scenario.load(0)
     (case,) = data.cases
@@ -80,7 +76,7 @@ def test_image_folders(tmp_path: Path) -> None:
     assert data.data_hash == scenario.load(0).data_hash != scenario.load(1).data_hash
 
 
-def test_folders_with_their_own_split_and_a_limit(tmp_path: Path) -> None:
+def test_folders_with_their_own_split_and_a_limit(tmp_path):
     fill(tmp_path / "a" / "train", classes=3)
     fill(tmp_path / "a" / "val", classes=2, count=4, base=200)
     data = folders(tmp_path / "a", fill(tmp_path / "b"), train_rows=4, test_rows=2).load(0)
@@ -92,7 +88,7 @@ def test_folders_with_their_own_split_and_a_limit(tmp_path: Path) -> None:
         folders(tmp_path / "a", tmp_path / "b").load(0)
 
 
-def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_and_huge_images(tmp_path, monkeypatch):
     a, b = fill(tmp_path / "a"), fill(tmp_path / "b")
     broken = a / "class0" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
@@ -104,7 +100,7 @@ def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folders(a, b).load(0)
 
 
-def test_folders_that_cannot_work(tmp_path: Path) -> None:
+def test_folders_that_cannot_work(tmp_path):
     good = fill(tmp_path / "good")
     for path, message in (
         (tmp_path / "none", "cannot be read"),

@@ -1,7 +1,5 @@
 """The scorers: detectors, feature networks, CLIP, LPIPS and the Fréchet distance."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys
