@@ -138,12 +138,8 @@ def _probe_run(labelled: bool) -> Any:
     return probes.fake(theta, cases=cases, trajectories=trajectory, logs=logs, attacks=attacks)
 
 
-class _ManyCases:
+class _ManyCases(probes.FakeRun):
     """Ten cases whose immunization differs in strength, with attackers that feel it in part."""
-
-    model_names, attacks = (BASELINE, IMMUNIZED), ("probe",)
-    seeds, scenario, budget = (0, 1, 2), "fake", probes.BUDGET
-    diverged: dict[tuple[str, int], Any] = {}
 
     def cases(self, seed: int) -> tuple[Case, ...]:
         def task(number: int, name: str, role: Any) -> Any:
@@ -158,9 +154,6 @@ class _ManyCases:
     def model(self, model_name: str, case: Case, seed: int) -> Any:
         scale = 1.0 if model_name == BASELINE else 1.1 + 0.08 * int(case.name)
         return probes.linear(torch.diag(torch.tensor([1, 1 / scale, scale, 0.5]).double()))
-
-    def history(self, case: Case, seed: int) -> dict[str, list[float]]:
-        return {"step": []}
 
     def trajectory(self, model_name: str, attack: str, case: Case, task: Any, seed: int) -> Any:
         number = int(case.name)

@@ -71,8 +71,8 @@ def decay(
 class FakeRun:
     """Everything given by functions of model, role and seed."""
 
-    case_list: tuple[Case, ...]
-    models: dict[str, FeatureModel]
+    case_list: tuple[Case, ...] = ()
+    models: dict[str, FeatureModel] = field(default_factory=dict)
     trajectories: Callable[[str, str, Role, int], Trajectory] | None = None
     logs: dict[str, list[float]] = field(default_factory=dict)
     diverged: dict[tuple[str, int], dict] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class FakeRun:
     model_names: tuple[str, ...] = (BASELINE, IMMUNIZED)
     attacks: tuple[str, ...] = ("probe",)
     seeds: tuple[int, ...] = (0, 1, 2)
-    budget: Budget = field(default_factory=lambda: Budget(20, 5, 20))
+    budget: Budget = BUDGET
 
     def cases(self, seed: int) -> tuple[Case, ...]:
         return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)
@@ -103,15 +103,10 @@ def rates(
 ):
     """Trajectories where the baseline decays with 0.8 on both tasks."""
 
+    immunized = {"harmful": (harmful, harmful_accuracy), "benign": (benign, benign_accuracy)}
+
     def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        rate = 0.8 if model_name == BASELINE else harmful if role == "harmful" else benign
-        top = (
-            0.8
-            if model_name == BASELINE
-            else harmful_accuracy
-            if role == "harmful"
-            else benign_accuracy
-        )
+        rate, top = (0.8, 0.8) if model_name == BASELINE else immunized[role]
         return decay(rate, STEPS, top)
 
     return make

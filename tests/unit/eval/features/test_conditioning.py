@@ -8,6 +8,7 @@ from fake_run import (
     linear,
     random_data,
 )
+from figures import assert_values
 
 from eval.features.conditioning import Conditioning
 from eval.features.geometry import Geometry
@@ -15,29 +16,26 @@ from lab.core.types import BASELINE, IMMUNIZED
 
 
 def test_rir_by_hand_on_diagonal_data() -> None:
-    benign, harmful = (
-        torch.diag(torch.tensor([1.0, 2.0])).double(),
-        torch.diag(torch.tensor([1.0, 4.0])).double(),
-    )
-    theta = torch.diag(
-        torch.tensor([2.0, 1.0])
-    ).double()  # benign → diag(2, 2), harmful → diag(2, 4)
-    run = FakeRun(
-        (case(benign, harmful),),
-        {BASELINE: linear(torch.eye(2).double()), IMMUNIZED: linear(theta)},
-    )
-    scores = Conditioning()(run)
+    benign, harmful = (torch.diag(torch.tensor([1.0, x])).double() for x in (2.0, 4.0))
+    # benign → diag(2, 2), harmful → diag(2, 4)
+    theta = torch.diag(torch.tensor([2.0, 1.0])).double()
+    models = {BASELINE: linear(torch.eye(2).double()), IMMUNIZED: linear(theta)}
+    scores = Conditioning()(FakeRun((case(benign, harmful),), models))
     metrics = scores.metrics
-    assert metrics["kappa_benign_ratio"].value == pytest.approx(1 / 4)
-    assert metrics["kappa_harmful_ratio"].value == pytest.approx(4 / 16)
-    assert metrics["rir"].value == pytest.approx(1)
-    assert metrics["kappa_harmful"].value == pytest.approx(4)
-    assert metrics["kappa_harmful_baseline"].value == pytest.approx(16)
-    # pencil of (diag(1, 16), diag(1, 4)) is {1, 4}: κ(M) = 4, κ(K_P) = 4, κ(K_H) = 16
-    assert metrics["rir_bound"].value == pytest.approx(1)
-    assert metrics["rir_bound_ratio"].value == pytest.approx(1)
-    row = scores.tables["pairs"][0]
-    assert row["rir"] == pytest.approx(1)
+    assert_values(
+        metrics,
+        {
+            "kappa_benign_ratio": 1 / 4,
+            "kappa_harmful_ratio": 4 / 16,
+            "rir": 1,
+            "kappa_harmful": 4,
+            "kappa_harmful_baseline": 16,
+            # pencil of (diag(1, 16), diag(1, 4)) is {1, 4}: κ(M) = 4, κ(K_P) = 4, κ(K_H) = 16
+            "rir_bound": 1,
+            "rir_bound_ratio": 1,
+        },
+    )
+    assert scores.tables["pairs"][0]["rir"] == pytest.approx(1)
 
 
 def test_whitening_the_benign_task_attains_the_bound() -> None:
@@ -46,8 +44,7 @@ def test_whitening_the_benign_task_attains_the_bound() -> None:
     metrics = Conditioning()(
         fake(vectors @ torch.diag(values.rsqrt()), cases=(case(benign, random_data(1)),))
     ).metrics
-    assert metrics["rir_bound_ratio"].value == pytest.approx(1, abs=1e-9)
-    assert metrics["kappa_benign"].value == pytest.approx(1, abs=1e-9)
+    assert_values(metrics, {"rir_bound_ratio": 1, "kappa_benign": 1}, abs=1e-09)
 
 
 def test_singular_benign_task_has_no_bound_and_says_why() -> None:

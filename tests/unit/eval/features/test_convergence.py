@@ -10,6 +10,7 @@ from fake_run import (
     fake,
     rates,
 )
+from figures import assert_values
 
 from eval.features.convergence import Convergence, rfd
 from eval.features.probe_accuracy import ProbeAccuracy
@@ -19,10 +20,15 @@ from lab.core.types import BASELINE, Trajectory
 
 def test_norm_ratio_and_slowdown_by_hand() -> None:
     metrics = Convergence()(fake(trajectories=rates(0.8**0.5, 0.8))).metrics
-    assert metrics["norm_ratio_harmful_probe_baseline"].value == pytest.approx(0.8**20)
-    assert metrics["norm_ratio_harmful_probe"].value == pytest.approx(0.8**10)
-    assert metrics["norm_ratio_harmful_probe_ratio"].value == pytest.approx(0.8**-10)
-    assert metrics["norm_ratio_harmful_probe_5x"].value == pytest.approx(0.8**50)
+    assert_values(
+        metrics,
+        {
+            "norm_ratio_harmful_probe_baseline": 0.8**20,
+            "norm_ratio_harmful_probe": 0.8**10,
+            "norm_ratio_harmful_probe_ratio": 0.8**-10,
+            "norm_ratio_harmful_probe_5x": 0.8**50,
+        },
+    )
     area = sum((b - a) * (0.8**a + 0.8**b) / 2 for a, b in itertools.pairwise(STEPS))
     assert metrics["norm_ratio_harmful_probe_mean_baseline"].value == pytest.approx(area / 100)
     assert metrics["norm_ratio_harmful_probe_mean"].value > area / 100
@@ -93,8 +99,11 @@ def test_a_quotient_of_limits_is_one_or_is_not_known(
 def test_accuracies_and_sgrc_by_hand() -> None:
     run = fake(cases=classes(), trajectories=rates(0.8, 0.8, harmful_accuracy=0.6))
     metrics = ProbeAccuracy()(run).metrics
-    assert metrics["accuracy_harmful_probe_5x_baseline"].value == pytest.approx(0.8, abs=1e-6)
-    assert metrics["accuracy_harmful_probe_5x"].value == pytest.approx(0.6, abs=1e-6)
+    assert_values(
+        metrics,
+        {"accuracy_harmful_probe_5x_baseline": 0.8, "accuracy_harmful_probe_5x": 0.6},
+        abs=1e-06,
+    )
     area = sum((b - a) * 0.8 * (2 - 0.8**a - 0.8**b) / 2 for a, b in itertools.pairwise(STEPS))
     assert metrics["accuracy_harmful_probe_mean_baseline"].value == pytest.approx(area / 100)
     steps = metrics["steps_to_accuracy_harmful_probe_baseline"]

@@ -1,5 +1,4 @@
 import re
-from pathlib import Path
 
 import pytest
 from fake_run import EYE, FakeRun, classes, fake, linear, rates
@@ -11,9 +10,8 @@ from eval.features.geometry import Geometry
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.tangent import Tangent
 from eval.features.verdict import Verdict
+from lab.core.sources import ROOT
 from lab.core.types import BASELINE, IMMUNIZED, Scores
-
-ROOT = Path(__file__).resolve().parents[4]
 
 
 def test_every_trajectory_is_read_once() -> None:

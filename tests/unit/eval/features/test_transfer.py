@@ -1,43 +1,31 @@
 """Rank correlation of RIR and measured slowdown over cases whose RIR is known by construction."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import pytest
 import torch
-from fake_run import decay, linear, task
+from fake_run import STEPS, FakeRun, decay, linear, task
 from pydantic import ValidationError
 
 from eval.features.transfer import Transfer
 from lab.core.data import Case
 from lab.core.errors import UserError
-from lab.core.types import BASELINE, IMMUNIZED, Budget
+from lab.core.types import BASELINE
 
-BUDGET = Budget(20, 5, 20)
-STEPS = BUDGET.snapshots()
 SCALES = [1.1 + 0.08 * i for i in range(10)]  # θ = diag(1, 1/s): RIR = s^-4 on the data below
 
 
 @dataclass
-class Run:
+class Run(FakeRun):
     """Benign data with K_P = 2 I, harmful data twice as long in the second column."""
 
     factor: float = 1.0  # sign and strength of the effect of RIR on the attacker's rate
     scales: list[float] = field(default_factory=lambda: list(SCALES))
-    immunizer = "kappa"
-    model_names = (BASELINE, IMMUNIZED)
-    attacks = ("probe",)
-    seeds = (0, 1, 2)
-    scenario = "fake"
-    budget = BUDGET
-    diverged: ClassVar[dict] = {}
 
     def cases(self, seed):
         eye = torch.eye(2, dtype=torch.float64)
-        benign, harmful = (
-            torch.cat([eye, -eye]),
-            torch.cat([eye, -eye]) * torch.tensor([1.0, 2.0]).double(),
-        )
+        benign = torch.cat([eye, -eye])
+        harmful = benign * torch.tensor([1.0, 2.0]).double()
         return tuple(
             Case(str(i), task(benign, "good", "benign"), (task(harmful, "harm", "harmful"),))
             for i in range(len(self.scales))
@@ -46,9 +34,6 @@ class Run:
     def model(self, model_name, case, seed):
         scale = 1.0 if model_name == BASELINE else self.scales[int(case.name)]
         return linear(torch.diag(torch.tensor([1.0, 1 / scale], dtype=torch.float64)))
-
-    def history(self, case, seed):
-        return {"step": []}
 
     def trajectory(self, model_name, attack, case, task, seed):
         if model_name == BASELINE or task.role == "benign":
@@ -59,11 +44,10 @@ class Run:
 
 @pytest.mark.parametrize(("factor", "rho"), [(1.0, 1.0), (-1.0, -1.0)])
 def test_slowdown_that_follows_rir_has_rho_one_and_its_reverse_minus_one(factor, rho):
-    scores = Transfer()(Run(factor))
-    result = scores.metrics["transfer_probe"]
+    scores = Transfer()(Run(factor=factor))
+    result, row = scores.metrics["transfer_probe"], scores.tables["transfer"][0]
     assert (result.value, result.low) == (pytest.approx(rho), pytest.approx(rho))
-    assert scores.tables["transfer"][0]["cases"] == 30
-    assert scores.tables["transfer"][0]["censored"] == 0
+    assert (row["cases"], row["censored"]) == (30, 0)
 
 
 def test_bad_input():

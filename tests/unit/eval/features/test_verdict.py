@@ -7,6 +7,7 @@ from fake_run import (
     fake,
     rates,
 )
+from figures import assert_values
 
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
@@ -95,8 +96,7 @@ def test_what_was_measured_in_some_seeds_only_does_not_pass() -> None:
         return decay(0.8 if model_name == BASELINE or role == "benign" else 0.95, STEPS)
 
     scores = Verdict()(fake(trajectories=make))
-    assert scores.metrics["verdict"].value == 0
-    assert scores.metrics["verdict_share"].value == pytest.approx(2 / 3)
+    assert_values(scores.metrics, {"verdict": 0, "verdict_share": 2 / 3})
     assert "2 of 6 left out: the baseline made no progress" in str(scores.tables["verdict"])
 
 
@@ -120,6 +120,5 @@ def test_a_diverged_case_fails_the_verdict_and_counts_in_the_share() -> None:
         trajectories=rates(0.95, 0.8), diverged={("b", 1): {"message": "x", "last_good_step": 3}}
     )
     metrics = Verdict()(run).metrics
-    assert metrics["verdict"].value == 0
-    assert metrics["verdict_share"].value == pytest.approx((1 + 0.5 + 1) / 3)
+    assert_values(metrics, {"verdict": 0, "verdict_share": (1 + 0.5 + 1) / 3})
     assert 0 <= metrics["verdict_share"].low <= metrics["verdict_share"].high <= 1

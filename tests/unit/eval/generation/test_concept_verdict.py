@@ -13,6 +13,7 @@ from fake_generations import (
     faithful,
     shares,
 )
+from figures import assert_values
 from pydantic import ValidationError
 
 from eval.generation.concept_verdict import ConceptVerdict
@@ -25,13 +26,17 @@ HELD = shares(0, 0, 1, 3, 8, cosines=(0.6, 0.6, 0.6, 0.8, 0.8))
 BROKEN = shares(0, 0, 0, 0, 0, cosines=(0.0,) * 5)
 
 
-def world(target=HELD, other=BASELINE_RUN, paint=faithful, **kwargs) -> FakeRun:
+def each(baseline: dict, immunized: dict, paint=faithful, **kwargs) -> FakeRun:
+    """Trajectories by concept; those that are not named are as in the baseline of `world`."""
+
     def make(model_name, attack, name, seed):
-        if model_name == BASELINE:
-            return BASELINE_RUN
-        return other if name == "sketch" else target
+        return (baseline if model_name == BASELINE else immunized).get(name, BASELINE_RUN)
 
     return FakeRun(make, models={BASELINE: Painter(faithful), IMMUNIZED: Painter(paint)}, **kwargs)
+
+
+def world(target=HELD, other=BASELINE_RUN, **kwargs) -> FakeRun:
+    return each({}, {"mosaic": target, "neon": target, "sketch": other}, **kwargs)
 
 
 OPTIONS = {
@@ -53,8 +58,8 @@ def failed(result):
 
 def test_protection_that_keeps_the_rest_passes():
     result = scores(world())
-    assert (failed(result), result.metrics["verdict"].value) == ([], 1.0)
-    assert result.metrics["verdict_share"].value == 1.0
+    assert failed(result) == []
+    assert_values(result.metrics, {"verdict": 1.0, "verdict_share": 1.0})
 
 
 def test_a_broken_model_scores_on_the_targets_and_fails():
@@ -134,17 +139,6 @@ def test_each_threshold_alone_flips_the_verdict(threshold, passes, fails, check)
     assert check in result
 
 
-def each(baseline: dict, immunized: dict, **kwargs) -> FakeRun:
-    """Trajectories by concept; those that are not named are as in the baseline of `world`."""
-
-    def make(model_name, attack, name, seed):
-        return (baseline if model_name == BASELINE else immunized).get(name, BASELINE_RUN)
-
-    return FakeRun(
-        make, models={BASELINE: Painter(faithful), IMMUNIZED: Painter(faithful)}, **kwargs
-    )
-
-
 def test_a_target_that_the_baseline_never_relearns_leaves_the_verdict_inconclusive():
     """mosaic alone would pass every check."""
     never = shares(0, 0, 1, 2, 5, cosines=UP)
@@ -195,10 +189,8 @@ def test_an_attack_on_a_benign_concept_that_diverges_fails():
 
 
 def test_a_diverged_immunization_is_a_failure():
-    run = world(case_list=(case("a"), case("b")), diverged={("b", 1): {}})
-    result = scores(run)
-    assert result.metrics["verdict"].value == 0.0
-    assert result.metrics["verdict_share"].value == pytest.approx((1 + 0.5 + 1) / 3)
+    result = scores(world(case_list=(case("a"), case("b")), diverged={("b", 1): {}}))
+    assert_values(result.metrics, {"verdict": 0.0, "verdict_share": (1 + 0.5 + 1) / 3})
 
 
 def test_wrong_options_are_refused():

@@ -19,12 +19,13 @@ from fake_generations import (
     tilted,
     world,
 )
+from figures import assert_values
 from pydantic import ValidationError
 from scipy.integrate import trapezoid
 
 from eval.generation.similarity import Generation, training_curves
 from eval.stats.aggregate import mean_over_steps
-from lab.core.types import BASELINE, Trajectory
+from lab.core.types import BASELINE
 
 
 def metrics(run, **kwargs):
@@ -33,11 +34,16 @@ def metrics(run, **kwargs):
 
 def test_sgr_by_hand():
     result = metrics(world(HELD))
-    assert result["sgr_clip_mosaic"].value == pytest.approx((0.8 - 0.6) / 0.8)
-    assert result["sgr_clip_neon"].value == pytest.approx(0.0)
-    assert result["msgr_clip"].value == pytest.approx(0.125)
-    assert result["msgr_clip_2x"].value == pytest.approx((0.2 / 1 + 0) / 2)
-    assert result["sgr_benign_clip"].value == pytest.approx((0.8 - 0.6) / 0.8)
+    assert_values(
+        result,
+        {
+            "sgr_clip_mosaic": (0.8 - 0.6) / 0.8,
+            "sgr_clip_neon": 0.0,
+            "msgr_clip": 0.125,
+            "msgr_clip_2x": (0.2 / 1 + 0) / 2,
+            "sgr_benign_clip": (0.8 - 0.6) / 0.8,
+        },
+    )
     assert (result["sgr_benign_clip"].better, result["msgr_clip"].better) == ("lower", "higher")
     assert result["sgr_clip_worst"].value == pytest.approx(0.0)
 
@@ -50,25 +56,15 @@ def test_the_area_is_linear_in_steps():
     assert metrics(world(HELD))["msgr_clip_auc"].value == pytest.approx((1 - mosaic / baseline) / 2)
 
 
-def by_attack(
-    baseline: dict[str, Trajectory], immunized: dict[str, Trajectory], **kwargs
-) -> FakeRun:
-    """The same trajectories for every concept, by attack."""
-    return FakeRun(
-        lambda model_name, name, *_: (baseline if model_name == BASELINE else immunized)[name],
-        attacks=tuple(baseline),
-        **kwargs,
-    )
-
-
 def test_every_model_counts_under_its_own_best_attacker():
     """Each attack alone shows protection (lora) or none (full); together they relearn the concept
     in both models.
     """
     best, poor = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(0.0, 0.0, 0.6, 0.6, 0.6)
-    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(
-        by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
-    )
+    by_attack = {"lora": (best, poor), "full": (poor, best)}  # of the baseline, immunized
+    run = FakeRun(lambda model_name, name, *_: by_attack[name][model_name != BASELINE])
+    run.attacks = tuple(by_attack)
+    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(run)
     assert scores.metrics["msgr_clip"].value == pytest.approx(0.0)
     assert scores.metrics["msgr_clip"].note == "strongest attacks: baseline lora, immunized full"
     rows = {row["attack"]: row["sgr"] for row in scores.tables["generation"] if row["step"] == 20}
@@ -84,16 +80,13 @@ def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_images():
     def make(model_name, name, *_):
         return attack([here if model_name == BASELINE or name == "a" else there] * 5)
 
-    one = metrics(
-        FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a",))
-    )["msgr_clip"]
-    two = metrics(
-        FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a", "b"))
-    )["msgr_clip"]
+    run = FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),))
+    one, two = (
+        metrics(dataclasses.replace(run, attacks=a))["msgr_clip"] for a in (("a",), ("a", "b"))
+    )
     assert (one.value, one.low, one.high) == pytest.approx((0.0, 0.0, 0.0))
-    assert two.value == pytest.approx(0.0)
+    assert (two.value, two.high) == pytest.approx((0.0, 0.0))
     assert two.low < -0.3
-    assert two.high == pytest.approx(0.0)
 
 
 def test_rsgr_compares_both_models_on_the_same_latents():
@@ -102,9 +95,14 @@ def test_rsgr_compares_both_models_on_the_same_latents():
     """
     alike = HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}
     result = metrics(world(alike))
-    assert result["rsgr_clip_mosaic"].value == pytest.approx(1 - 0.96)
-    assert result["rsgr_clip_neon"].value == pytest.approx(0.0)
-    assert result["mrsgr_clip"].value == pytest.approx(0.02)
+    assert_values(
+        result,
+        {
+            "rsgr_clip_mosaic": 1 - 0.96,
+            "rsgr_clip_neon": 0.0,
+            "mrsgr_clip": 0.02,
+        },
+    )
 
 
 def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
@@ -117,12 +115,15 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
         return blue if model_name != BASELINE and name == "mosaic" else plain
 
     result = metrics(FakeRun(make), similarities=["clip", "feature_lpips", "features"])
-    assert result["rsgr_clip_mosaic"].value == pytest.approx(0.0)
-    assert result["rsgr_features_mosaic"].value == pytest.approx(1 - 200 / (200**2 + 255**2) ** 0.5)
-    assert result["mrsgr_features"].value == pytest.approx(result["rsgr_features_mosaic"].value / 2)
-    assert result["rsgr_feature_lpips_mosaic"].value == pytest.approx(
-        1 / 6
-    )  # one channel of three, and M = 1 - d/2
+    assert_values(
+        result,
+        {
+            "rsgr_clip_mosaic": 0.0,
+            "rsgr_features_mosaic": 1 - 200 / (200**2 + 255**2) ** 0.5,
+            "mrsgr_features": result["rsgr_features_mosaic"].value / 2,
+            "rsgr_feature_lpips_mosaic": 1 / 6,  # one channel of three, and M = 1 - d/2
+        },
+    )
 
 
 def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
@@ -159,9 +160,14 @@ def test_clip_t_and_prompt_families():
 
     run.trajectories = both
     result = metrics(run)
-    assert result["msgr_clip_reworded"].value == pytest.approx(1.0)
-    # prompts in turn: "a mosaic" is red, "green" green; an image at 0.8 has cosines 0.8 and 0.6
-    assert result["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
+    assert_values(
+        result,
+        {
+            "msgr_clip_reworded": 1.0,
+            # prompts in turn: "a mosaic" is red, "green" green; 0.8 has cosines 0.8 and 0.6
+            "clip_t_harmful_baseline": (0.8 + 0.6) / 2,
+        },
+    )
 
 
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():

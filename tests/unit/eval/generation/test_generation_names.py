@@ -4,7 +4,6 @@ write one name.
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from fake_generations import FakeRun, FakeScorers, case, shares
@@ -14,9 +13,8 @@ from eval.generation.relearning import Relearning
 from eval.generation.similarity import Generation
 from eval.generation.utility import Utility
 from lab.core.record import scores_json
+from lab.core.sources import ROOT
 from lab.core.types import BASELINE
-
-ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.fixture(scope="module")

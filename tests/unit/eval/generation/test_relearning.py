@@ -14,6 +14,7 @@ from fake_generations import (
     case,
     shares,
 )
+from figures import assert_values
 from pydantic import ValidationError
 
 from eval.generation.relearning import Relearning
@@ -62,16 +63,19 @@ def test_crossing_is_linear_in_steps():
 
 def test_attack_success_raw_and_corrected():
     result = metrics(world(shares(0, 0, 2, 6, 10), neon=shares(0, 0, 5, 10, 10)))
-    assert result["asr"].value == pytest.approx(0.35)
-    assert result["asr_baseline"].value == pytest.approx(0.8)
-    assert result["asr_2x"].value == pytest.approx(0.8)
-    assert result["asr_mosaic"].value == pytest.approx(0.2)
-    assert result["asr_corrected"].value == pytest.approx(
-        ((0.2 - 0.1) / 0.8 + (0.5 - 0.1) / 0.8) / 2
+    assert_values(
+        result,
+        {
+            "asr": 0.35,
+            "asr_baseline": 0.8,
+            "asr_2x": 0.8,
+            "asr_mosaic": 0.2,
+            "asr_corrected": ((0.2 - 0.1) / 0.8 + (0.5 - 0.1) / 0.8) / 2,
+            "asr_corrected_baseline": (0.8 - 0.1) / 0.8,
+            "asr_reduction": 1 - 0.35 / 0.8,
+            "asr_benign": 0.8,
+        },
     )
-    assert result["asr_corrected_baseline"].value == pytest.approx((0.8 - 0.1) / 0.8)
-    assert result["asr_reduction"].value == pytest.approx(1 - 0.35 / 0.8)
-    assert result["asr_benign"].value == pytest.approx(0.8)
     assert 0 <= result["asr"].low <= 0.35 <= result["asr"].high <= 1
 
 
@@ -99,8 +103,7 @@ def test_a_style_without_the_object_that_was_asked_for_is_not_prompt_adherent():
     baseline = shares(*BASELINE_SHARES, cosines=[0.8, 0.8, 0.0, 0.0, 0.0])
     run = world(shares(0, 4, 10, 10, 10, cosines=[0.8, 0.8, 0.8, 0.0, 0.0]), baseline=baseline)
     result = Relearning(scorers=FakeScorers(detector=Naming(rates)))(run).metrics
-    assert result["asr"].value == pytest.approx(1.0)
-    assert result["asr_prompt_adherent"].value == pytest.approx(0.5)
+    assert_values(result, {"asr": 1.0, "asr_prompt_adherent": 0.5})
     base = 10 + 10 * (0.6 - 0.1) / (
         0.8 - 0.1
     )  # of two detections at step 10 one shows what it was asked for
@@ -139,12 +142,17 @@ def test_steps_to_relearn_by_hand():
         world(shares(0, 0, 2, 6, 10), neon=shares(0, 0, 4, 8, 10), sketch=shares(0, 0, 6, 10, 10))
     )
     ratios = (40 / HORIZON, 30 / HORIZON)
-    assert result["baseline_horizon"].value == pytest.approx(HORIZON)
-    assert result["steps_to_relearn"].value == pytest.approx(math.sqrt(40 * 30))
-    assert result["steps_to_relearn_ratio_mosaic"].value == pytest.approx(ratios[0])
-    assert result["steps_to_relearn_ratio"].value == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
-    assert result["steps_to_relearn_ratio_worst"].value == pytest.approx(ratios[1])
-    assert result["benign_steps_ratio"].value == pytest.approx(20 / HORIZON)
+    assert_values(
+        result,
+        {
+            "baseline_horizon": HORIZON,
+            "steps_to_relearn": math.sqrt(40 * 30),
+            "steps_to_relearn_ratio_mosaic": ratios[0],
+            "steps_to_relearn_ratio": math.sqrt(ratios[0] * ratios[1]),
+            "steps_to_relearn_ratio_worst": ratios[1],
+            "benign_steps_ratio": 20 / HORIZON,
+        },
+    )
 
 
 def test_a_model_that_never_relearns_gives_a_lower_limit():
@@ -167,8 +175,7 @@ def test_every_model_is_scored_under_its_own_best_attacker():
         )
 
     scores = Relearning(scorers=FakeScorers())(FakeRun(make, attacks=("lora", "full")))
-    assert scores.metrics["steps_to_relearn_ratio"].value == pytest.approx(1.0)
-    assert scores.metrics["asr"].value == pytest.approx(1.0)
+    assert_values(scores.metrics, {"steps_to_relearn_ratio": 1.0, "asr": 1.0})
     row = scores.tables["relearning"][0]
     assert (row["attack_baseline"], row["attack_immunized"]) == ("lora", "full")
 
@@ -254,8 +261,7 @@ def test_an_attack_that_breaks_the_model_does_not_count():
     scores = Relearning(scorers=FakeScorers(detector=Naming()), usable_share=0.6)(run)
     asr = {name: scores.metrics[name].value for name in ("asr", "asr_usable", "asr_baseline")}
     assert asr == {"asr": 1, "asr_usable": 0, "asr_baseline": 1}
-    assert scores.metrics["asr_usable_baseline"].value == 1
-    assert scores.metrics["steps_to_relearn_ratio"].value == pytest.approx(1)
+    assert_values(scores.metrics, {"asr_usable_baseline": 1, "steps_to_relearn_ratio": 1})
     slowdown = scores.metrics["steps_to_relearn_usable_ratio"]
     assert (slowdown.bound, slowdown.value) == ("lower", pytest.approx(80 / 16))
     rows = [r for r in scores.tables["attacks"] if r["concept"] == "mosaic" and r["seed"] == 0]

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 from fake_generations import FakeRun, FakeScorers, Painter, attack, case, colours, tilted
+from figures import assert_values
+from PIL import Image
 
 from eval.generation.false_positives import FalsePositives
 from eval.generation.safety_checker import SafetyChecker
@@ -27,8 +29,7 @@ def test_images_that_look_like_the_concept_are_hidden():
 
     run = FakeRun(trajectory, case_list=(it,))
     result = SafetyChecker(scorers=FakeScorers())(run).metrics
-    assert result["checker_false_positive"].value == 0
-    assert result["asr_checked_baseline"].value == 1.0
+    assert_values(result, {"checker_false_positive": 0, "asr_checked_baseline": 1.0})
     assert result["asr_checked"].value == result["asr_checked_2x"].value == 0.5
 
 
@@ -47,8 +48,6 @@ class Blue:
 
 
 def test_false_positives_of_references_generations_and_a_folder(tmp_path):
-    from PIL import Image
-
     for i, colour in enumerate([(0, 0, 255), (0, 0, 0), (9, 9, 9), (0, 9, 0)]):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{i}.png")
     painted = {BASELINE: (0, 0, 0), IMMUNIZED: (0, 0, 255)}
@@ -64,21 +63,15 @@ def test_false_positives_of_references_generations_and_a_folder(tmp_path):
     }
 
 
-def test_another_content_of_the_folder_is_another_stage(tmp_path):
-    from PIL import Image
-
+def test_another_content_of_the_folder_is_another_stage_and_none_is_refused(tmp_path):
     metric = FalsePositives(detector=Blue(), concept="blue", folder=str(tmp_path))
+    with pytest.raises(UserError, match=r"has no \.bmp"):
+        metric.check((case(),))
     hashes = set()
     for colour in ((0, 0, 255), (0, 9, 0)):
         Image.new("RGB", (8, 8), colour).save(tmp_path / "0.png")
         hashes.add(metric.fingerprint())
     assert len(hashes) == 2
-
-
-def test_a_folder_without_images_is_refused(tmp_path):
-    metric = FalsePositives(detector=Blue(), concept="blue", folder=str(tmp_path))
-    with pytest.raises(UserError, match=r"has no \.bmp"):
-        metric.check((case(),))
 
 
 def test_nudenet_sees_no_nudity_in_a_flat_image():

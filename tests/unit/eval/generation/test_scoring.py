@@ -14,14 +14,11 @@ from fake_generations import (
     tilted,
     world,
 )
+from test_generation import metrics
 
 from eval.generation.scoring import References, prepare
 from eval.generation.similarity import Generation
 from lab.core.errors import UserError
-
-
-def metrics(run, **kwargs):
-    return Generation(scorers=FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
 
 
 def test_features_and_feature_lpips():

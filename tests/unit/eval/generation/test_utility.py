@@ -13,6 +13,7 @@ from fake_generations import (
     case,
     faithful,
 )
+from figures import assert_values
 from pydantic import ValidationError
 
 from eval.generation.utility import BLOCK, Utility
@@ -39,14 +40,17 @@ def drifted(prompt, number):
 
 def test_damage_by_hand():
     result = metrics(world(drifted))
-    assert result["utility_clip_drift"].value == pytest.approx(
-        2 / 8
-    )  # two of eight images at a right angle
-    assert result["utility_clip_t_drop"].value == pytest.approx(2 / 8)
-    assert result["utility_detection_drop"].value == pytest.approx(2 / 8)
-    assert result["utility_object_drop"].value == pytest.approx(2 / 8)
-    assert result["utility_style_drop"].value == 0.0
-    assert result["utility_agreement"].value == pytest.approx(6 / 8)
+    assert_values(
+        result,
+        {
+            "utility_clip_drift": 2 / 8,  # two of eight images at a right angle
+            "utility_clip_t_drop": 2 / 8,
+            "utility_detection_drop": 2 / 8,
+            "utility_object_drop": 2 / 8,
+            "utility_style_drop": 0.0,
+            "utility_agreement": 6 / 8,
+        },
+    )
     assert result["utility_frechet"].value > result["utility_frechet_baseline"].value
     assert result["utility_detection_drop"].low <= 2 / 8 <= result["utility_detection_drop"].high
 
@@ -85,8 +89,10 @@ def test_compositions_must_show_what_their_prompt_names():
     result = metrics(
         run, FakeScorers(detector=Named()), compositions=["a plain red thing", "one green thing"]
     )
-    assert result["utility_detection_compositions_baseline"].value == 1.0
-    assert result["utility_object_drop_compositions"].value == pytest.approx(2 / 8)
+    assert_values(
+        result,
+        {"utility_detection_compositions_baseline": 1.0, "utility_object_drop_compositions": 2 / 8},
+    )
     result = metrics(run, FakeScorers(detector=Named()), compositions=["a bright red thing"])
     assert (
         result["utility_detection_compositions_baseline"].value == 0.0

@@ -2,7 +2,6 @@
 
 import csv
 import io
-from pathlib import Path
 
 import pytest
 from fake_generated import generated
@@ -18,9 +17,7 @@ from eval.report.leaderboard import (
     to_text,
 )
 from eval.report.outcomes import PUBLISHED, outcome
-
-CONF = Path(__file__).resolve().parents[4] / "conf"
-
+from lab.core.sources import ROOT
 
 # ---- verdict
 
@@ -58,7 +55,7 @@ def test_a_run_that_diverged_in_part_never_passes() -> None:
 
 def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:
     for name in PUBLISHED:
-        assert (CONF / "immunize" / f"{name}.yaml").is_file()
+        assert (ROOT / "conf" / "immunize" / f"{name}.yaml").is_file()
     name = "kappa_paper_house_price"
     reached = outcome(record(name, attacks=[], metrics={"rir": metric(1.2)}))
     assert "356.2" in reached.details[-1]

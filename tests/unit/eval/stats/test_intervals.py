@@ -31,9 +31,7 @@ def test_the_rows_of_both_models_stay_paired():
     baseline = RNG.uniform(0.2, 0.9, (32, 1))
     units = [Unit(s, np.concatenate([baseline, baseline / 2], 1), relative_gap) for s in range(2)]
     result = score_units(units, "higher")
-    assert result.value == pytest.approx(0.5, abs=1e-12)
-    assert result.low == pytest.approx(0.5, abs=1e-12)
-    assert result.high == pytest.approx(0.5, abs=1e-12)
+    assert (result.value, result.low, result.high) == pytest.approx((0.5,) * 3, abs=1e-12)
 
 
 def test_images_give_the_width_of_the_normal_theory():
@@ -60,8 +58,7 @@ def test_seeds_are_resampled_from_three_on_and_never_narrower_than_student():
     assert (two.low, two.high) == (0.5, 0.5)  # within two seeds nothing varies here
     assert three.interval == "across_seeds"
     half = 4.302653 / math.sqrt(3)  # t quantile with two degrees of freedom, standard deviation 1
-    assert three.low == pytest.approx(1 - half, abs=1e-5)
-    assert three.high == pytest.approx(1 + half, abs=1e-5)
+    assert (three.low, three.high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
 
 
 def test_an_empty_set_is_an_error():
