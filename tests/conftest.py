@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 # one thread: the problems are tiny, bits repeat, and a busy machine does not starve spinning
@@ -31,14 +32,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capfd):
-    """Calls the entry point in this process, in a folder of its own; returns (exit code, stdout,
-    stderr).
-    """
+    """`entry_point.call_entry` in a folder of its own."""
     from entry_point import call_entry
 
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        return call_entry(monkeypatch, capfd, *arguments)
-
-    return call
+    return partial(call_entry, monkeypatch, capfd)

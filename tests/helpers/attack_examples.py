@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lab.core.data import Split, Task
 from lab.core.seeding import generator
 from lab.core.types import FeatureModel
-from lab.models.linear import LinearExtractor
 
 
 class Interrupted(Exception):
@@ -49,10 +48,6 @@ def interrupted(start: Callable[[MemoryCheckpoint], Any], fail_at: int) -> Any:
     with pytest.raises(Interrupted):
         start(checkpoint)
     return start(checkpoint)
-
-
-def identity(d: int) -> LinearExtractor:
-    return LinearExtractor(torch.eye(d))
 
 
 def dense_model(d: int = 6, seed: int = 0) -> FeatureModel:

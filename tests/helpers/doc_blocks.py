@@ -13,9 +13,9 @@ run one after the other in a temporary folder;
 import re
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from lab.core.sources import ROOT
+
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 _FENCE = re.compile(
     r"^(?:<!-- (?P<kind>run|python|file)(?:: (?P<mark>[^\n]*?))? -->\n)?"

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from typing import NamedTuple
 
 from hydra.core.global_hydra import GlobalHydra
 
@@ -19,20 +20,29 @@ FAST = [
 ]
 
 
-def call_entry(monkeypatch, capfd, *arguments):
-    """(exit code, stdout, stderr); the handlers of signals are as before afterwards."""
+class Told(NamedTuple):
+    """What a call has written."""
+
+    out: str
+    err: str
+
+
+def call_entry(monkeypatch, capfd, *arguments, code=0):
+    """A call that ends with ``code`` (None: with any); the handlers of signals stay as they are."""
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    code = 0
+    found = 0
     try:
         entry.main()
     except SystemExit as done:
-        code = done.code
+        found = done.code or 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code, *capfd.readouterr()
+    told = Told(*capfd.readouterr())
+    assert code in (None, found), f"exit code {found}\n{told.out}\n{told.err}"
+    return told
 
 
 def record_of(out, folder):

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from lab.core.sources import ROOT as ROOT
+
 TOKENS = {"WANDB_API_KEY": "5ec2e7" * 6 + "c0de", "HF_TOKEN": "hf_" + "S3cretHubT0ken" * 2}
 FAST = [
     "experiment=house_price",

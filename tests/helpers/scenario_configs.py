@@ -2,18 +2,15 @@
 images.
 """
 
-from pathlib import Path
-
 from omegaconf import OmegaConf
 
 from lab.core.hashing import digest
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
+from lab.core.sources import ROOT
 
 
 def config(name: str):
     """conf/scenario/NAME.yaml with its defaults."""
-    node = OmegaConf.load(CONF / "scenario" / f"{name}.yaml")
+    node = OmegaConf.load(ROOT / "conf" / "scenario" / f"{name}.yaml")
     parents = [config(p) for p in node.pop("defaults", []) if p != "_self_"]
     return OmegaConf.merge(*parents, node)
 

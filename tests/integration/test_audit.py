@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 import yaml
-from entry_point import call_entry
 from release_examples import composed, concept_folder, tiny_folder
 from safetensors.torch import save_file
 
@@ -59,13 +58,12 @@ def audited(*words):
 
 
 @pytest.mark.slow
-def test_one_command_ends_in_one_verdict(tmp_path, monkeypatch, capfd):
+def test_one_command_ends_in_one_verdict(cli, tmp_path):
     folder = tiny_folder(tmp_path / "a model, released")  # a comma and blanks are no list
     words = audit_words(tmp_path, folder, "fail_on=[fails,inconclusive]")
-    code, out, err = call_entry(monkeypatch, capfd, *words)
+    out = cli(*words, code=None).out
     (path,) = (tmp_path / "out").rglob("verdict.json")
     verdict, record = json.loads(path.read_text()), records.read(path.with_name("record.json"))
-    assert code == (0 if verdict["verdict"] == "passes" else 3), err
     assert f"verdict: {verdict['verdict']}" in out
     assert verdict["headline"] in " ".join(out.split())
     assert verdict["content_hash"] == record["content_hash"]
@@ -76,9 +74,8 @@ def test_one_command_ends_in_one_verdict(tmp_path, monkeypatch, capfd):
     assert {row["concept"] for row in attacks} == {"mosaic", "neon"}
     assert all(row["trials"] == 2 and row["parameters"] > 0 for row in attacks)
     assert {row["detector"] for row in attacks} == {"scorers"}
-    code, out, _ = call_entry(monkeypatch, capfd, *words, "dry_run=true")
-    assert code == 0
-    assert re.search(r"(\d+) stages, \1 cached", out)
+    assert re.search(r"(\d+) stages, \1 cached", cli(*words, "dry_run=true").out)
+    cli(*words, code=0 if verdict["verdict"] == "passes" else 3)
 
 
 def tiny_clip(folder):
@@ -98,9 +95,7 @@ def tiny_clip(folder):
 
 
 @pytest.mark.slow
-def test_scorers_for_real_images_end_in_a_verdict_by_a_calibrated_detector(
-    tmp_path, monkeypatch, capfd
-):
+def test_scorers_for_real_images_end_in_a_verdict_by_a_calibrated_detector(cli, tmp_path):
     noise = torch.randint(0, 40, (2, 8, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     for i, name in enumerate(("red", "green")):
         noise[i, :, i] += 200
@@ -112,8 +107,7 @@ def test_scorers_for_real_images_end_in_a_verdict_by_a_calibrated_detector(
     words = audit_words(
         tmp_path, tiny_folder(tmp_path / "model"), *REAL, f"scorers.clip.name={clip}"
     )
-    code, _, err = call_entry(monkeypatch, capfd, *words)
-    assert code == 0, err
+    cli(*words)
     (path,) = (tmp_path / "out").rglob("verdict.json")
     verdict, record = json.loads(path.read_text()), records.read(path.with_name("record.json"))
     assert verdict["verdict"] in ("passes", "fails", "inconclusive")

@@ -13,24 +13,20 @@ STUDY = [word for word in FAST if "epochs" not in word]
 
 
 def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path):
-    code, out, err = cli(*STUDY, "immunize=kappa_closed_form")
-    assert code == 0, err
-    metrics = record_of(out, tmp_path)["metrics"]
+    told = cli(*STUDY, "immunize=kappa_closed_form")
+    metrics = record_of(told.out, tmp_path)["metrics"]
     assert metrics["rir_bound_ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert metrics["rir"]["value"] == pytest.approx(metrics["rir_bound"]["value"], rel=1e-6)
     assert metrics["rir"]["value"] > 10
 
 
 def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_path):
-    code, out, err = cli(*FAST)
-    assert code == 0, err
-    first = record_of(out, tmp_path)
+    first = record_of(cli(*FAST).out, tmp_path)
     assert (first["status"], first["immunizer"], first["metrics"]["rir"]["n"]) == ("ok", "kappa", 1)
     assert first["provenance"]["cache_hits"] == 0
     assert {c["model"] for c in first["cells"]} == {"baseline", "immunized", None}
     assert next((tmp_path / "outputs").rglob("report.html")).is_file()
-    code, out, _ = cli(*FAST)
-    second = record_of(out, tmp_path)
+    second = record_of(cli(*FAST).out, tmp_path)
     assert second["provenance"]["cache_misses"] == 0
     assert second["content_hash"] == first["content_hash"]
     assert [c["seconds"] for c in second["cells"]] == [c["seconds"] for c in first["cells"]]
@@ -41,25 +37,19 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     [([*STUDY, "immunize=none"], "verdict"), ([*FAST, "attacks=none"], "convergence")],
 )
 def test_a_run_without_an_immunizer_or_without_attacks(cli, tmp_path, words, skipped):
-    code, out, err = cli(*words)
-    assert code == 0, err
-    assert skipped in record_of(out, tmp_path)["skipped"]
+    assert skipped in record_of(cli(*words).out, tmp_path)["skipped"]
 
 
 def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
-    code, out, err = cli(*FAST, "dry_run=true")
-    assert code == 0, err
+    cli(*FAST, "dry_run=true")
     assert not list(tmp_path.rglob("record.json"))
     cli(*FAST)
-    _, out, _ = cli(*FAST, "dry_run=true")
-    assert "10 stages, 10 cached" in out
-    _, out, _ = cli(*FAST, "dry_run=true", "force=attack")
-    assert "10 stages, 6 cached, about" in out
+    assert "10 stages, 10 cached" in cli(*FAST, "dry_run=true").out
+    assert "10 stages, 6 cached, about" in cli(*FAST, "dry_run=true", "force=attack").out
 
 
 def test_what_is_printed(cli, tmp_path):
-    code, out, err = cli(*FAST, "fail_on=fails")
-    assert code == 3, err
+    out, err = cli(*FAST, "fail_on=fails", code=3)
     assert "\nrun folder: outputs/runs/house_price/" in err
     assert "10 stages, 0 cached, about" in err
     assert "[4/10] attack linear_probe on LotArea (house_price), immunized, seed 0 … ETA" in err
@@ -67,15 +57,12 @@ def test_what_is_printed(cli, tmp_path):
     assert "harmful slowdown" in out
     assert "\033" not in out + err
     assert len(out.splitlines()) < 15
-    _, out, _ = cli(*FAST, "verbose=true")
-    assert "kappa_pencil_baseline" in out
+    assert "kappa_pencil_baseline" in cli(*FAST, "verbose=true").out
 
 
 @pytest.mark.parametrize("mistake", ["scenario.path=/nowhere", "force=all", "eval=[]", "x=1"])
 def test_a_mistake_leaves_nothing_behind(cli, tmp_path, mistake):
-    code, _, err = cli(*FAST, mistake)
-    assert code == 2, err
-    assert "run folder" not in err
+    assert "run folder" not in cli(*FAST, mistake, code=2).err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,30 +75,25 @@ def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(immunize.kappa.method, "SpectralTrainer", Interrupted)
-        code, out, err = cli(*FAST, "immunize.checkpoint_every=4")
-    assert code == 130
+        out, err = cli(*FAST, "immunize.checkpoint_every=4", code=130)
     assert "continues" in err
     stopped = record_of(out, tmp_path)
     assert (stopped["status"], stopped["error"]["last_good_step"]) == ("preempted", 8)
     assert [c["status"] for c in stopped["cells"]][:2] == ["ok", "pending"]
-    code, out, err = cli(*FAST, "immunize.checkpoint_every=4")
-    assert code == 0, err
+    out = cli(*FAST, "immunize.checkpoint_every=4").out
     assert record_of(out, tmp_path)["provenance"]["cache_hits"] == 1  # the baseline model
 
 
 def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
-    code, out, err = cli(*FAST, "immunize=kappa_paper_house_price")
-    assert code == 0, err
-    record = record_of(out, tmp_path)
+    record = record_of(cli(*FAST, "immunize=kappa_paper_house_price").out, tmp_path)
     assert (record["status"], record["metrics"]) == ("diverged", {})
     assert record["error"]["last_good_step"] >= 0
     assert [c["status"] for c in record["cells"] if c["model"] == "immunized"] == ["diverged"]
 
 
 def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
-    code, out, err = cli("experiment=house_price", "debug=wiring", "immunize.epochs=1")
-    assert code == 0, err
-    record = record_of(out, tmp_path)
+    told = cli("experiment=house_price", "debug=wiring", "immunize.epochs=1")
+    record = record_of(told.out, tmp_path)
     assert {c["stage"] for c in record["cells"]} == {"immunize", "attack", "eval"}
     assert (record["seeds"], record["config"]["tracker"]) == ([0], {})
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from doc_blocks import PAGES, ROOT, blocks
-from entry_point import call_entry
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from presets import composed
@@ -30,19 +29,6 @@ RUNNABLE = [
 
 def short(page):
     return str(page.relative_to(ROOT))
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """The entry point in this process, in the current folder; returns (exit code, stdout and
-    stderr).
-    """
-
-    def call(arguments):
-        code, out, err = call_entry(monkeypatch, capfd, *arguments)
-        return code or 0, f"{out}\n{err}"
-
-    return call
 
 
 @pytest.fixture
@@ -62,8 +48,7 @@ def stages(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE, ids=short)
-def test_examples_run(page, tmp_path, monkeypatch, call, own_modules, stages):
-    monkeypatch.chdir(tmp_path)
+def test_examples_run(page, tmp_path, monkeypatch, cli, own_modules, stages):
     Path("outputs").mkdir()
     Path("outputs/cache").symlink_to(stages)  # pages share their baseline models, to save time
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -89,19 +74,17 @@ def test_examples_run(page, tmp_path, monkeypatch, call, own_modules, stages):
                     patch.chdir(ROOT)
                     extra = [f"paths.outputs={tmp_path / 'out'}"]
                 for arguments in commands:
-                    code, told = call([*arguments, *extra])
-                    assert code == block.code, f"python run.py {' '.join(arguments)}\n{told}"
+                    cli(*arguments, *extra, code=block.code)
 
 
-def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_modules):
+def test_own_method_examples_are_in_the_record(tmp_path, cli, own_modules):
     """All four at once, and each is what the record says."""
     from lab.core import record as records
 
     shutil.copytree(DOCS / "examples/own_methods", tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     own_modules(tmp_path)
-    code, told = call(
-        [
+    cli(
+        *[
             "--config-dir",
             "conf",
             "experiment=house_price",
@@ -114,7 +97,6 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
             "budget.horizon=5",
         ]
     )
-    assert code == 0, told
     record = records.read(next(tmp_path.rglob("record.json")))
     assert (record["scenario"], record["immunizer"]) == ("colleges", "partial_whitening")
     assert "accelerated_probe" in record["attacks"]

@@ -12,7 +12,6 @@ import time
 
 import entry_point
 import pytest
-from entry_point import call_entry
 from filelock import FileLock, Timeout
 from processes import ROOT, TOKENS, telling
 
@@ -23,13 +22,10 @@ FAST = [*entry_point.FAST, "threads=1"]
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
-    """Calls the entry point in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
+def cli(cli):
+    def call(*arguments, **options):
         try:
-            return call_entry(monkeypatch, capfd, *arguments)
+            return cli(*arguments, **options)
         finally:
             for log in logging.getLogger().handlers:
                 if isinstance(log, logging.FileHandler):
@@ -87,15 +83,12 @@ def fill(place, free):
 def test_a_full_disk_is_told_and_nothing_finished_is_lost(cli, small_disk, undisturbed, free):
     place = f"paths.outputs={small_disk / 'outputs'}"
     fill(small_disk, free)
-    code, _, err = cli(*FAST, place)
-    assert code == 2, err
+    err = cli(*FAST, place, code=2).err
     assert "No space left on device" in err
     assert "Traceback" not in err
     finished = {p.parent.name for p in small_disk.rglob("meta.json")}
     (small_disk / "filler").unlink()
-    code, _, err = cli(*FAST, place)
-    assert code == 0, err
-    assert "checksum" not in err
+    assert "checksum" not in cli(*FAST, place).err
     record = newest(small_disk)
     assert record["content_hash"] == undisturbed
     assert record["provenance"]["cache_hits"] == len(finished)
@@ -103,18 +96,14 @@ def test_a_full_disk_is_told_and_nothing_finished_is_lost(cli, small_disk, undis
 
 def test_a_read_only_disk_is_told_and_its_records_can_still_be_reported(cli, small_disk, tmp_path):
     place = f"paths.outputs={small_disk / 'outputs'}"
-    assert cli(*FAST, place)[0] == 0
+    cli(*FAST, place)
     changed = mount("-o", "remount,ro", str(small_disk))
     assert changed.returncode == 0, changed.stderr
-    code, _, err = cli(*FAST, place)
-    assert code == 2
+    err = cli(*FAST, place, code=2).err
     assert "Read-only file system" in err
     assert "paths.outputs" in err
     assert "Traceback" not in err
-    code, _, err = cli(
-        "action=leaderboard", f"records=[{small_disk}]", f"paths.outputs={tmp_path / 'elsewhere'}"
-    )
-    assert code == 0, err
+    cli("action=leaderboard", f"records=[{small_disk}]", f"paths.outputs={tmp_path / 'elsewhere'}")
     assert (tmp_path / "elsewhere" / "leaderboard.md").is_file()
 
 
@@ -127,13 +116,12 @@ def test_a_clock_that_jumps_changes_nothing(cli, tmp_path, monkeypatch, undistur
         return real() + jump * (len(calls) > 3)
 
     monkeypatch.setattr(time, "time", jumping)
-    code, _, err = cli(*FAST)
-    assert code == 0, err
+    cli(*FAST)
     assert len(calls) > 3
     record = newest(tmp_path)
     assert record["content_hash"] == undisturbed
     assert 0 <= record["provenance"]["wall_time_s"] < 3600
-    assert cli("action=status")[0] == 0
+    cli("action=status")
 
 
 HOLD = """
@@ -164,19 +152,17 @@ def artefact_to_compute_again(place):
 
 
 def test_the_lock_of_a_dead_process_does_not_hold(cli, tmp_path, undisturbed):
-    assert cli(*FAST)[0] == 0
+    cli(*FAST)
     process = holder(artefact_to_compute_again(tmp_path).with_suffix(".lock"))
     process.kill()
     process.wait()
     process.stdout.close()
-    code, _, err = cli(*FAST)
-    assert code == 0, err
-    assert "another process" not in err
+    assert "another process" not in cli(*FAST).err
     assert newest(tmp_path)["content_hash"] == undisturbed
 
 
 def test_the_lock_of_a_living_process_is_told_and_waited_for(cli, tmp_path, undisturbed):
-    assert cli(*FAST)[0] == 0
+    cli(*FAST)
     process = holder(artefact_to_compute_again(tmp_path).with_suffix(".lock"))
 
     def end_when_told():
@@ -191,11 +177,10 @@ def test_the_lock_of_a_living_process_is_told_and_waited_for(cli, tmp_path, undi
 
     ender = threading.Thread(target=end_when_told)
     ender.start()
-    code, _, err = cli(*FAST)
+    err = cli(*FAST).err
     ender.join()
     process.wait()
     process.stdout.close()
-    assert code == 0, err
     assert "computed by another process; waiting" in err
     assert newest(tmp_path)["content_hash"] == undisturbed
 
@@ -214,10 +199,7 @@ def test_keys_of_the_environment_are_written_nowhere(cli, tmp_path, monkeypatch)
         "tracker.wandb.timeout_s=300",
         "tracker.trackio.timeout_s=300",
     ]
-    code, out, err = cli(*tracked)
-    assert code == 0, err
-    code, more, again = cli(*tracked, "scenario.path=/nowhere")
-    assert code == 2
-    assert cli("action=leaderboard")[0] == 0
+    told = [*cli(*tracked), *cli(*tracked, "scenario.path=/nowhere", code=2)]
+    cli("action=leaderboard")
     assert list(tmp_path.rglob("*.wandb"))
-    assert telling(tmp_path, out, err, more, again) == []
+    assert telling(tmp_path, *told) == []

@@ -42,14 +42,14 @@ class BrokenMetric(RunMetric):
 
 @pytest.fixture
 def broken(cli, tmp_path):
-    def call(*arguments, group="attacks", **options):
+    def call(*arguments, code, group="attacks", **options):
         place = tmp_path / "conf" / group
         place.mkdir(parents=True, exist_ok=True)
         target = "Broken" if group == "attacks" else "BrokenMetric"
         (place / "broken.yaml").write_text(
             yaml.safe_dump({"broken": {"_target_": f"{__name__}.{target}", **options}})
         )
-        return cli("--config-dir", str(tmp_path / "conf"), *FAST, *arguments)
+        return cli("--config-dir", str(tmp_path / "conf"), *FAST, *arguments, code=code)
 
     return call
 
@@ -57,8 +57,7 @@ def broken(cli, tmp_path):
 def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_no_verdict(
     broken, cli, tmp_path
 ):
-    code, out, err = broken("attacks=[broken,linear_probe]")
-    assert code == 1
+    out, err = broken("attacks=[broken,linear_probe]", code=1)
     assert "failed, the others go on: ZeroDivisionError: nothing to divide by" in err
     assert err.rstrip().endswith("error: attacks.broken: ZeroDivisionError: nothing to divide by")
     record = record_of(out, tmp_path)
@@ -69,9 +68,7 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
         "an attack that failed is not tried again"
     )
     assert {c["status"] for c in record["cells"] if c["attack"] != "broken"} == {"ok"}
-    code, out, err = cli(*FAST)
-    assert code == 0, err
-    whole = record_of(out, tmp_path)
+    whole = record_of(cli(*FAST).out, tmp_path)
     assert whole["provenance"]["cache_misses"] == 0, "nothing that was finished is computed again"
     for name, metric in whole["metrics"].items():
         if name in ("verdict", "verdict_share"):
@@ -89,9 +86,8 @@ def test_a_device_whose_state_is_lost_ends_the_run():
 
 
 def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
-    code, out, _ = broken("attacks=[broken,linear_probe]", error="second task")
-    assert code == 1
-    record = record_of(out, tmp_path)
+    told = broken("attacks=[broken,linear_probe]", error="second task", code=1)
+    record = record_of(told.out, tmp_path)
     states = [cell["status"] for cell in record["cells"] if cell["attack"] == "broken"]
     assert states == ["ok", "ok", "failed", "pending"]
     assert "broken" not in json.dumps(
@@ -101,16 +97,14 @@ def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
 
 @pytest.mark.parametrize("error", ["mended", "disk"])
 def test_what_a_user_mends_first_ends_the_run_at_once(broken, tmp_path, error):
-    code, out, err = broken("attacks=[broken,linear_probe]", error=error)
-    assert code == 2, err
-    record = record_of(out, tmp_path)
+    told = broken("attacks=[broken,linear_probe]", error=error, code=2)
+    record = record_of(told.out, tmp_path)
     assert {c["status"] for c in record["cells"] if c["attack"] == "linear_probe"} <= {"pending"}
 
 
 def test_a_metric_that_fails_does_not_stop_the_others(broken, cli, tmp_path):
-    code, out, _ = broken("eval=[broken,verdict]", group="eval")
-    assert code == 1
-    record = record_of(out, tmp_path)
+    told = broken("eval=[broken,verdict]", group="eval", code=1)
+    record = record_of(told.out, tmp_path)
     assert record["skipped"] == {"broken": "ZeroDivisionError: nothing to divide by"}
     assert record["status"] == "failed"
     assert record["metrics"]["verdict"]["value"] is not None, (

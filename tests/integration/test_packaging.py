@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from lab.core.sources import ROOT
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CODE = [

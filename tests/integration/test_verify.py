@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from entry_point import call_entry
 from release_examples import composed, move, tiny_folder
 
 from lab.core import record as records
@@ -23,9 +22,8 @@ def copied(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "copy")
 
 
-def test_verify_says_what_it_checked(exported, monkeypatch, capfd):
-    code, out, _ = call_entry(monkeypatch, capfd, "action=verify", f"path={exported}")
-    assert code == 0
+def test_verify_says_what_it_checked(exported, cli):
+    out = cli("action=verify", f"path={exported}").out
     steps = [line.split(":")[0].strip() for line in out.splitlines() if line.startswith("  ")]
     assert steps == ["hashes", "record", "layout", "weights", "delta"]
     assert out.strip().endswith("verified")
@@ -64,12 +62,9 @@ def link(path):
         ("SHA256SUMS", Path.unlink, "is no exported folder"),
     ],
 )
-def test_a_file_that_is_not_as_exported_ends_with_code_2(
-    copied, name, change, message, monkeypatch, capfd
-):
+def test_a_file_that_is_not_as_exported_ends_with_code_2(copied, name, change, message, cli):
     change(copied / name)
-    code, _, err = call_entry(monkeypatch, capfd, "action=verify", f"path={copied}")
-    assert code == 2
+    err = cli("action=verify", f"path={copied}", code=2).err
     assert name in err
     assert message in err
 

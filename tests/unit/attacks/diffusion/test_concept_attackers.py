@@ -97,10 +97,8 @@ def test_first_step_against_autograd_by_hand(prior_weight):
         text = net.text([captioned.prompts[row] for row in batch.rows])
         loss = loss + weight * net.loss(batch.z, text, batch.noise, batch.t).mean()
     loss.backward()
-    for name, p in net.unet.named_parameters():
-        torch.testing.assert_close(
-            found.weights[f"unet.{name}"], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6
-        )
+    stepped = {f"unet.{k}": p.detach() - 0.1 * p.grad for k, p in net.unet.named_parameters()}
+    torch.testing.assert_close(found.weights, stepped, rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_that_exploded_ends_the_attack_and_the_option_says_from_where():

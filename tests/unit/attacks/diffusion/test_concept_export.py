@@ -4,6 +4,7 @@ snapshot.
 
 import pytest
 from concept_examples import SAMPLING, fresh_pipeline, model, task, unbroken
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from attacks.diffusion.export import export
@@ -17,45 +18,36 @@ def assert_same_images(pipe, name):
     latents = model().latents(SAMPLING.count, 0, task().name, "name")
     found = net.generate(unbroken(name).info["prompts"]["name"], latents, SAMPLING).int()
     samples = unbroken(name).samples["name"].int()
-    assert (
-        found - samples[-1]
-    ).abs().max() <= 1  # another order of additions may round a pixel the other way
+    # another order of additions may round a pixel the other way
+    assert (found - samples[-1]).abs().max() <= 1
     assert (found - samples[0]).abs().max() > 3
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_text"])
-def test_lora_loads_by_load_lora_weights(name, tmp_path):
-    (written,) = export(unbroken(name), tmp_path / "attack")
-    assert written.name == "pytorch_lora_weights.safetensors"
+FILES = {
+    "lora": {"pytorch_lora_weights"},
+    "lora_text": {"pytorch_lora_weights"},
+    "textual_inversion": {"learned_embeds"},
+    "full_finetune": {"diffusion_pytorch_model", "config"},
+    "custom_diffusion": {"unet_delta", "learned_embeds"},
+    "curriculum": {"unet_delta", "text_encoder_delta", "learned_embeds"},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_diffusers_loads_every_file_of_an_attack(name, tmp_path):
+    folder = tmp_path / "attack"
+    written = export(unbroken(name), folder)
+    assert {path.stem for path in written} == FILES[name]
     pipe = fresh_pipeline(tmp_path / "base")
-    pipe.load_lora_weights(str(tmp_path / "attack"), weight_name=written.name)
-    assert_same_images(pipe, name)
-
-
-def test_textual_inversion_loads_by_load_textual_inversion(tmp_path):
-    (written,) = export(unbroken("textual_inversion"), tmp_path / "attack")
-    pipe = fresh_pipeline(tmp_path / "base")
-    pipe.load_textual_inversion(str(tmp_path / "attack"), weight_name=written.name)
-    assert_same_images(pipe, "textual_inversion")
-
-
-def test_full_weights_load_by_from_pretrained(tmp_path):
-    from diffusers import UNet2DConditionModel
-
-    export(unbroken("full_finetune"), tmp_path / "attack")
-    pipe = fresh_pipeline(tmp_path / "base")
-    pipe.unet = UNet2DConditionModel.from_pretrained(str(tmp_path / "attack"), subfolder="unet")
-    assert_same_images(pipe, "full_finetune")
-
-
-@pytest.mark.parametrize("name", ["custom_diffusion", "curriculum"])
-def test_changed_weights_load_by_load_state_dict(name, tmp_path):
-    pipe = fresh_pipeline(tmp_path / "base")
-    for path in export(unbroken(name), tmp_path / "attack"):
-        if path.name.startswith("learned_embeds"):
-            pipe.load_textual_inversion(load_file(path))
-        else:
-            part = getattr(pipe, path.name.removesuffix("_delta.safetensors"))
+    for path in written:
+        if path.stem == "pytorch_lora_weights":
+            pipe.load_lora_weights(str(folder), weight_name=path.name)
+        elif path.stem == "learned_embeds":
+            pipe.load_textual_inversion(str(folder), weight_name=path.name)
+        elif path.stem == "config":
+            pipe.unet = UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet")
+        elif path.stem.endswith("_delta"):
+            part = getattr(pipe, path.stem.removesuffix("_delta"))
             assert not part.load_state_dict(load_file(path), strict=False).unexpected_keys
     assert_same_images(pipe, name)
 

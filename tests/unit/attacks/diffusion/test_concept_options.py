@@ -16,7 +16,8 @@ from concept_examples import (
     unbroken,
 )
 from diffusers import ControlNetModel
-from tiny_diffusion import tiny_case, tiny_diffusion
+from mima_examples import run
+from tiny_diffusion import tiny_diffusion
 
 from attacks.diffusion.export import export
 from attacks.diffusion.image_conditioned import ControlNet, IpAdapter
@@ -54,10 +55,7 @@ def test_muon_orthogonalizes_matrices_and_moves_vectors_by_adamw():
 
 
 def test_a_canonical_form_undoes_a_reparametrization():
-    control = Reparametrization(condition=100.0)
-    changed = control(
-        tiny_diffusion(), tiny_case(), seed=0, checkpoint=None, log=lambda *_, **__: None
-    )
+    changed = run(Reparametrization(condition=100.0), of=tiny_diffusion())
     attacker = attack("lora", canonicalize=True)
     plain, undone = launch(attacker), launch(attacker, changed)
     torch.testing.assert_close(
@@ -97,8 +95,8 @@ def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path):
     path = str(base.save(tmp_path / "base"))
     attacker = Interpolation(name="interpolate", base=path, reach=0.5, **FAST)
     whole = launch(attacker)
-    for name, parameter in model().unet.named_parameters():
-        torch.testing.assert_close(whole.weights[f"unet.{name}"], parameter + 0.05)
+    halfway = {f"unet.{k}": p.detach() + 0.05 for k, p in model().unet.named_parameters()}
+    torch.testing.assert_close(whole.weights, halfway)
     assert_equal(interrupted(lambda c: launch(attacker, checkpoint=c), 1), whole)
 
 

@@ -83,10 +83,8 @@ def test_lora_takes_the_layers_that_fit():
 def test_linear_extractor_full_finetune_moves_theta_and_head():
     task, model = regression(spread(80, 5, 10)), LinearExtractor(torch.eye(5))
     result = launch(FullFinetune(batch_size=None, optimizer="sgd", lr=0.05), model, task)
-    theta, w = (
-        torch.eye(5, dtype=torch.float64).requires_grad_(),
-        torch.zeros(5, dtype=torch.float64).requires_grad_(),
-    )
+    theta = torch.eye(5, dtype=torch.float64).requires_grad_()
+    w = torch.zeros(5, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.SGD([theta, w], lr=0.05, momentum=0.9)
     for _ in range(BUDGET.steps):
         optimizer.zero_grad()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from attack_examples import (
     classification,
-    identity,
     interrupted,
     regression,
     spread,
@@ -28,7 +27,7 @@ RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]
 
 
 def attack(task, model=None, seed=0, **options):
-    model = model or identity(task.train.x.shape[1])
+    model = model or LinearExtractor(torch.eye(task.train.x.shape[1]))
     return LinearProbe(**options)(model, task, seed=seed, budget=BUDGET, checkpoint=None)
 
 
@@ -119,7 +118,7 @@ def test_rows_away_from_the_dominant_subspace_condition_the_hessian_better():
 def test_drifting_rows_come_in_the_order_of_their_angle():
     x = spread(60, 5, 1) * torch.tensor([30.0, 1, 1, 1, 1])
     probe = LinearProbe(rows="drift", optimizer="sgd", batch_size=3)
-    head = probe.learner(identity(5), regression(x), 0)
+    head = probe.learner(LinearExtractor(torch.eye(5)), regression(x), 0)
     epoch = len(head.task.train) // 3
     rows = torch.cat([head.problem.z[probe.batch(i, head.task, 0)] for i in range(epoch)])
     share = (rows[:, 0] / rows.norm(dim=1)).abs()  # cosine of the angle to the first axis
@@ -133,7 +132,7 @@ def test_drifting_rows_come_in_the_order_of_their_angle():
 @pytest.mark.parametrize("fail_at", [9, 20])
 def test_resume_equals_an_uninterrupted_attack(optimizer, fail_at, monkeypatch):
     monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
-    task, model = classification(spread(60, 5, 20)), identity(5)
+    task, model = classification(spread(60, 5, 20)), LinearExtractor(torch.eye(5))
     probe = LinearProbe(optimizer=optimizer, batch_size=16 if optimizer in RATED else None)
     whole = probe(model, task, seed=3, budget=BUDGET, checkpoint=None)
     resumed = interrupted(

@@ -1,7 +1,6 @@
 """Utility on unrelated prompts: figures by hand."""
 
 import dataclasses
-from typing import ClassVar
 
 import pytest
 import torch
@@ -81,7 +80,7 @@ def test_further_settings_are_suffixes():
 
 
 class Named(Detector):
-    names: ClassVar = {"object": ("red thing", "green thing"), "style": ("plain", "bright")}
+    names = {"object": ("red thing", "green thing"), "style": ("plain", "bright")}
 
 
 def test_compositions_must_show_what_their_prompt_names():

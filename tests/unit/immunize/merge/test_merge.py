@@ -104,11 +104,9 @@ def test_adjoint_is_the_transpose(kind):
         float((a[x] * part[x]).sum()) for a, part in zip(ADAPTED, parts, strict=True) for x in BASE
     )
     assert left == pytest.approx(right, rel=1e-12)
-    for x, z in merge(BASE, [BASE, BASE]).items():
-        torch.testing.assert_close(z, BASE[x], rtol=1e-13, atol=0)
-        torch.testing.assert_close(
-            direct[x] + parts[0][x] + parts[1][x], y[x], rtol=1e-12, atol=1e-14
-        )
+    torch.testing.assert_close(merge(BASE, [BASE, BASE]), BASE, rtol=1e-13, atol=0)
+    whole = {x: direct[x] + parts[0][x] + parts[1][x] for x in BASE}
+    torch.testing.assert_close(whole, y, rtol=1e-12, atol=1e-14)
 
 
 def test_float32_merges_tiny_changes_accurately():
@@ -247,8 +245,8 @@ def quadratic(n: int):
 @pytest.mark.parametrize("kind", ["sparse", "low_rank", "gate"])
 def test_learned_weights_start_at_the_mean_and_lower_their_loss(kind):
     merge = Merge(2, learned=LearnedWeights({x: BASE[x] for x in ("k", "kernel")}, 2, kind, rank=2))
-    for x, y in merge(BASE, ADAPTED).items():
-        torch.testing.assert_close(y, (ADAPTED[0][x] + ADAPTED[1][x]) / 2, rtol=1e-12, atol=1e-13)
+    mean = {x: (ADAPTED[0][x] + ADAPTED[1][x]) / 2 for x in BASE}
+    torch.testing.assert_close(merge(BASE, ADAPTED), mean, rtol=1e-12, atol=1e-13)
     before = {x: y.clone() for x, y in merge.learned.parameters.items()}  # type: ignore[union-attr]
     losses = [quadratic(0), quadratic(1)]
     start = sum(loss(merge(BASE, ADAPTED)) for loss in losses)

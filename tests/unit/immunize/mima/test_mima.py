@@ -87,9 +87,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):
 )
 def test_interpolated_weights_lie_between_the_given_model_and_the_trained_one(name):
     trained, third = run(preset(name, steps=1)), run(preset(name, steps=1, interpolation=1 / 3))
-    ends, found = trained.state_dict(), third.state_dict()
-    for key, start in model().state_dict().items():
-        torch.testing.assert_close(found[key], start + (ends[key] - start) / 3)
+    ends, starts = trained.state_dict(), model().state_dict()
+    between = {key: start + (ends[key] - start) / 3 for key, start in starts.items()}
+    torch.testing.assert_close(dict(third.state_dict()), between)
     assert moved(third, model()) == moved(trained, model())
 
 
@@ -110,8 +110,7 @@ def test_compose_is_the_merge_of_immas():
         dict(model().unet.named_parameters()),
         [{k: v for k, v in one.items() if ".attn2." in k} for one in alone],
     )
-    for name, value in after.unet.named_parameters():
-        torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(dict(after.unet.named_parameters()), merged, rtol=1e-6, atol=1e-7)
 
 
 def test_released_alternates_merged_weights_and_adamw():

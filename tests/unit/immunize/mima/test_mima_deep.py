@@ -53,11 +53,9 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
     made, other = objective(plain, exact)
     expected, _ = mima.gradient(theta, 4)
     found, _ = made.gradient(other, 4)
-    assert expected.keys() == found.keys()
     size = max(float(g.abs().max()) for g in expected.values())
     assert size > 0
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9 * size)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * size)
 
 
 def _moved(factor: float, **changes):
@@ -81,12 +79,12 @@ def test_regret_is_the_benign_loss_against_the_original_after_the_same_attack(on
     alone, _ = _moved(1.0, w_benign=0.0, **at)
     start, values = _moved(1.0, w_benign=2.0, **at)
     assert values["benign_regret"] == 0
-    assert all(bool((start[name] == alone[name]).all()) for name in alone)
+    torch.testing.assert_close(start, alone, rtol=0, atol=0)
     worse, values = _moved(3.0, w_benign=2.0, at=[1.0])
     assert values["benign_regret"] > 0
     loss, same = _moved(3.0, w_benign=2.0, benign="loss", at=[1.0])
     assert values["benign_loss"] == same["benign_loss"]
-    assert all(bool((worse[name] == loss[name]).all()) for name in loss)
+    torch.testing.assert_close(worse, loss, rtol=0, atol=0)
 
 
 def test_the_cap_stops_the_concept_and_raises_the_prior():
@@ -98,9 +96,9 @@ def test_the_cap_stops_the_concept_and_raises_the_prior():
         deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone()
     )
     a, b = only.gradient(here, 0)[0], without.gradient(there, 0)[0]
-    assert values["prior_factor"] == 3.0
-    for name, value in gradient.items():  # the prior's gradient alone, three times
-        torch.testing.assert_close(value, a[name] - b[name], rtol=1e-3, atol=1e-5)
+    assert values["prior_factor"] == 3.0  # the prior's gradient alone, three times
+    prior = {name: a[name] - b[name] for name in a}
+    torch.testing.assert_close(gradient, prior, rtol=1e-3, atol=1e-5)
 
 
 def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
@@ -125,10 +123,8 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
     expected, _ = whole.gradient(theta, 0)
     found = [online.gradient(other, step) for step in (0, 1)]
     assert [values["inner_loop_steps"] for _, values in found] == [2, 4]
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            (found[0][0][name] + found[1][0][name]) / 2, value, rtol=1e-4, atol=1e-6
-        )
+    mean = {name: (found[0][0][name] + found[1][0][name]) / 2 for name in expected}
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-6)
 
 
 # attackers

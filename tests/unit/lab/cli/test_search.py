@@ -5,7 +5,6 @@ interruptions.
 import csv
 
 import pytest
-from entry_point import call_entry
 from fake_records import metric, record
 from omegaconf import OmegaConf
 
@@ -28,9 +27,8 @@ def write_record(cfg, folder, status="ok", values=(1.0, 1.0, 1.0)):
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
+def cli(cli, monkeypatch):
     """Calls the entry point with runs that take no time; ``seen`` holds the config of each."""
-    monkeypatch.chdir(tmp_path)
     seen = []
 
     def fake(cfg, folder):
@@ -38,10 +36,10 @@ def cli(tmp_path, monkeypatch, capfd):
         lr = cfg.immunize.lr
         write_record(cfg, folder, values=(1 + lr, 2 - (lr - 0.2) ** 2, 1 + cfg.immunize.supervised))
 
-    def call(*arguments, run=fake):
+    def call(*arguments, run=fake, code=0):
         monkeypatch.setattr(launch, "launch", run)
         seen.clear()
-        return call_entry(monkeypatch, capfd, *SMALL, *arguments)
+        return cli(*SMALL, *arguments, code=code)
 
     call.seen, call.fake = seen, fake
     monkeypatch.setattr(
@@ -60,8 +58,7 @@ def values(row):
 
 
 def test_a_search_tries_the_preset_first_and_ends_with_a_front(cli, tmp_path):
-    code, _, err = cli("search.trials=8")
-    assert code == 0, err
+    cli("search.trials=8")
     rows, folder = table(tmp_path)
     assert [int(r["trial"]) for r in rows] == list(range(8))
     assert rows[0]["immunize.lr"] == "0.1"
@@ -87,8 +84,7 @@ def test_an_interrupted_search_keeps_its_table_and_goes_on(cli, tmp_path):
             raise KeyboardInterrupt
         cli.fake(cfg, folder)
 
-    code, _, _ = cli("search.trials=6", run=stops)
-    assert code == 130
+    cli("search.trials=6", run=stops, code=130)
     before, _ = table(tmp_path)
     assert len(before) == 4
     cli("search.trials=6")
@@ -110,8 +106,7 @@ def test_a_trial_that_fails_or_diverges_stays_in_the_table_and_stops_nothing(cli
         else:
             cli.fake(cfg, folder)
 
-    code, _, _ = cli("search.trials=5", run=some_fail)
-    assert code == 1
+    cli("search.trials=5", run=some_fail, code=1)
     rows, _ = table(tmp_path)
     assert "is too large" in rows[1]["failure"]
     assert rows[3]["failure"] == "ZeroDivisionError: a defect"
@@ -122,14 +117,11 @@ def test_a_preset_that_fails_stops_the_search(cli):
     def fails(cfg, folder):
         raise UserError("scenario.path", "x", "does not exist.")
 
-    code, _, err = cli("search.trials=5", run=fails)
-    assert code == 2
-    assert "scenario.path=x" in err
+    assert "scenario.path=x" in cli("search.trials=5", run=fails, code=2).err
 
 
 def test_dry_run_prints_runs_cost_and_space(cli):
-    code, out, _ = cli("dry_run=true")
-    assert code == 0
+    out = cli("dry_run=true").out
     assert "tune_kappa: 24 trials, one after another; 24 runs in its YAML; cost: 10 min" in out
     assert not cli.seen
 
@@ -143,9 +135,7 @@ def test_dry_run_prints_runs_cost_and_space(cli):
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(cli, argument, key):
-    code, _, err = cli(argument)
-    assert code == 2
-    assert f"error: {key}" in err
+    assert f"error: {key}" in cli(argument, code=2).err
     assert not cli.seen
 
 

@@ -5,13 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_cases import randn
 
 from lab.core import condition
 from lab.core.condition import condition_number, relative_immunization_ratio, rir_bound
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_rank_definition_is_the_squared_ratio_of_singular_values():

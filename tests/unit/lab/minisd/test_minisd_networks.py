@@ -5,11 +5,10 @@ the losses by hand, and the tokenizer against CLIP's format.
 import json
 import math
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
-from minisd_words import world_prompts
+from attack_examples import Interrupted
 from tiny_diffusion import TINY
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -29,14 +28,11 @@ from lab.minisd.train.networks import (
     train_vae,
 )
 from lab.minisd.train.text import TextImageNetwork, train_text
-from lab.minisd.world.vocabulary import PHOTO
+from lab.minisd.world import captions as world_captions
+from lab.minisd.world.vocabulary import PHOTO, STYLES, THINGS
 from lab.minisd.world.world import TRAINING, Subset, sample
 
 SHORT = Schedule(steps=12, batch=1, lr=0.1, warmup=3, weight_decay=0.5, ema=0.9, clip=1.0)
-
-
-class Killed(Exception):
-    pass
 
 
 class Disk(StageCheckpoint):
@@ -51,7 +47,7 @@ class Disk(StageCheckpoint):
     def save(self, tensors, values):
         super().save(tensors, values)
         if values["step"] == self.kill:
-            raise Killed
+            raise Interrupted
 
 
 class Two(nn.Module):
@@ -167,7 +163,7 @@ def test_killed_training_is_the_unbroken_one(tmp_path, often, kill):
     """
     unbroken, drawn, rows = fit()
     path = tmp_path / "state.ckpt"
-    with pytest.raises(Killed):
+    with pytest.raises(Interrupted):
         fit(Disk(path, kill))
     resumed, rest, resumed_rows = fit(Disk(path))
     assert rest == drawn[kill:]
@@ -313,7 +309,7 @@ def test_text_encoder_learns_what_images_show(tokenizer):
 class _Fixed(nn.Module):
     """Stands for the denoiser: predicts ``value`` everywhere; the inputs of all copies are kept."""
 
-    inputs: ClassVar[list[tuple[torch.Tensor, ...]]] = []
+    inputs = []
 
     def __init__(self, value):
         super().__init__()
@@ -390,6 +386,31 @@ def test_captions_are_drawn_and_dropped(tokenizer):
 
 
 # ---- the tokenizer
+
+
+def world_prompts() -> list[str]:
+    """Every single-object caption of the world: all things, all styles (photo included), all ways
+    to ask.
+    """
+    styles = (PHOTO, *(s.name for s in STYLES))
+    return [
+        text
+        for thing in THINGS
+        for style in styles
+        for by in ("name", "description", "both")
+        for text in world_captions.prompts(world_captions.noun(thing.name), style, by)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("words") / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return networks.train_tokenizer(world_prompts(), tokenizer_folder, 1280)
+
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from lab.core.cache import StageCache
 from lab.core.errors import UserError
 from lab.core.hashing import file_hashes
+from lab.core.sources import ROOT
 from lab.minisd.train import networks, recipe
 from lab.minisd.train.recipe import Training, run
 
 pytestmark = pytest.mark.slow
 
-CONF = Path(__file__).resolve().parents[4] / "conf"
 NETWORKS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 PLAIN = """
 import sys
@@ -76,7 +76,7 @@ def config(root: Path, **changes) -> DictConfig:
             "clip": {"steps": 4, "batch": 8, "warmup": 2},
         },
     }
-    train = OmegaConf.merge(OmegaConf.load(CONF / "train" / "minisd.yaml"), small, changes)
+    train = OmegaConf.merge(OmegaConf.load(ROOT / "conf" / "train" / "minisd.yaml"), small, changes)
     paths = {"cache": str(root / "cache"), "outputs": str(root / "outputs")}
     return OmegaConf.create({"train": train, "threads": 1, "paths": paths, "force": []})
 

@@ -1,17 +1,51 @@
 """House prices and users' own CSV files: splits, shared preprocessing, ranks, clear errors."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tabular_files import HOUSES, folder, scenario, table
 
 from lab.core.errors import UserError
+from lab.core.sources import ROOT
 from lab.scenarios.tabular import Features, Tabular, ames, drop_combinations, prepare
 
-PUBLISHED = Path(__file__).resolve().parents[5] / "shared" / "data" / "house_price"
+PUBLISHED = ROOT.parent / "shared" / "data" / "house_price"
+HOUSES = {
+    "dataset": "ames",
+    "benign_target": "LotArea",
+    "harmful_target": "SalePrice",
+    "split_column": "MSZoning",
+    "harmful_values": ["RL"],
+    "ignore": ["Id", "rownames", "Order", "PID"],
+}
+
+
+def table(rows=60, seed=0):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=rows), rng.normal(size=rows)
+    return pd.DataFrame(
+        {
+            "Id": np.arange(rows),
+            "a": a,
+            "b": b,
+            "total": a + b,
+            "colour": np.array(["red", "green"])[np.arange(rows) % 2],
+            "area": rng.normal(size=rows),
+            "price": rng.normal(size=rows),
+        }
+    )
+
+
+def folder(path, first, second):
+    first.to_csv(path / "D1.csv", index=False)
+    second.to_csv(path / "D2.csv", index=False)
+    return str(path)
+
+
+def scenario(path, **options):
+    base = {"benign_target": "area", "harmful_target": "price", "ignore": ["Id"]}
+    base["path"] = None if path is None else str(path)
+    return Tabular(**{**base, **options})
 
 
 def test_ames_is_split_by_zone_and_has_full_rank() -> None:
@@ -32,7 +66,7 @@ def test_ames_is_split_by_zone_and_has_full_rank() -> None:
         assert abs(task.train.y.std(correction=0) - 1) < 1e-12
 
 
-def test_pooled_standardisation_and_no_target_among_the_features(tmp_path: Path) -> None:
+def test_pooled_standardisation_and_no_target_among_the_features(tmp_path) -> None:
     first, second = table(), table(90, 1)
     second[["a", "total"]] += 5.0
     first["price"] = first["area"]  # a leak, were it a feature
@@ -72,7 +106,7 @@ def test_scalings_are_those_of_the_training_rows() -> None:
     assert all(np.array_equal(x[:, -1], np.ones(len(x))) for x in train("none", intercept=True))
 
 
-def test_missing_constant_and_collinear_columns_are_told(tmp_path: Path) -> None:
+def test_missing_constant_and_collinear_columns_are_told(tmp_path) -> None:
     first, second = table(), table(90, 1)
     first["flat"], second["flat"] = 1.0, np.arange(90.0)
     second["late"], first["late"] = "x", np.where(np.arange(60) % 3, "x", "y")
@@ -110,7 +144,7 @@ def test_a_constant_offset_counts_once() -> None:
     assert kept.x.shape[1] == np.linalg.matrix_rank(x) == np.linalg.matrix_rank(kept.x) == 3
 
 
-def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path: Path) -> None:
+def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path) -> None:
     """Which columns pivoted QR would name is an accident of the split; seeds must see the same
     features.
     """
@@ -129,7 +163,7 @@ def test_test_rows_do_not_move_medians_or_scales() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("factor", [1e200, 1e308, 1e-200])
-def test_columns_that_cannot_be_scaled_are_dropped_by_name(tmp_path: Path, factor: float) -> None:
+def test_columns_that_cannot_be_scaled_are_dropped_by_name(tmp_path, factor: float) -> None:
     frame = table().assign(wide=np.linspace(-1.0, 1.0, 60) * factor)
     frame.loc[0, "wide"] = np.nan
     data = scenario(folder(tmp_path, frame, frame)).load(0)
@@ -137,7 +171,7 @@ def test_columns_that_cannot_be_scaled_are_dropped_by_name(tmp_path: Path, facto
     assert all(torch.isfinite(s.x).all() for t in data.cases[0].tasks for s in (t.train, t.test))
 
 
-def test_one_csv_with_a_split_column(tmp_path: Path) -> None:
+def test_one_csv_with_a_split_column(tmp_path) -> None:
     frame = table(80)
     frame["Zone.Code"] = ["x", "y", "z", "x"] * 20
     frame.to_csv(tmp_path / "all.csv", index=False)
@@ -177,7 +211,7 @@ def test_published_csvs() -> None:
         ("harmful_values", {"path": "D1.csv", "split_column": "colour", "harmful_values": ["x"]}),
     ],
 )
-def test_bad_input_names_the_key(tmp_path: Path, key: str, options: dict) -> None:
+def test_bad_input_names_the_key(tmp_path, key: str, options: dict) -> None:
     folder(tmp_path, table(), table())
     path = tmp_path / options.pop("path", "")
     with pytest.raises(UserError) as refused:
