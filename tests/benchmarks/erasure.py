@@ -5,14 +5,17 @@ case's concepts are erased at once, from the same latents. Of every erased conce
 which the shipped detector sees it, by its calibrated threshold as attack success counts, and the
 share in which it is the likeliest class, as it will be now and then in an image of nothing in
 particular. Of everything else (other objects as photos; other styles): the latter.
+
+``--erased`` and ``--kept``: images per concept that some case erases, and per other concept.
+``--overrides``: of the configuration, e.g. erase.preserve=0.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from options import parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -67,18 +70,8 @@ def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--erased", type=int, default=32, help="images per concept that some case erases"
-    )
-    parser.add_argument("--kept", type=int, default=8, help="images per other concept")
-    parser.add_argument("--scenarios", nargs="+", default=["relearn_styles", "relearn_objects"])
-    parser.add_argument(
-        "--overrides", nargs="*", default=[], help="of the configuration, e.g. erase.preserve=0"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    scenarios = ["relearn_styles", "relearn_objects"]
+    given = parse(__doc__, erased=32, kept=8, scenarios=scenarios, overrides=[], seed=0, threads=1)
     torch.set_num_threads(given.threads)
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
     detector = load_detector()

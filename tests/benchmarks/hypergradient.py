@@ -9,10 +9,10 @@ a factor above 1.2.
 
 ``--methods`` prints instead what an outer step costs by each method
 (`sweeps/hypergradient_ablation.yaml`), for each of ``--steps`` inner steps and the smallest N:
-interleaved on one batch, the inner loop's drop measured as in a run.
+interleaved on one batch, the inner loop's drop measured as in a run. ``--iterations`` are those of
+``implicit``, five as in the ablation. ``--memory N`` prints MiB of one step with N concepts.
 """
 
-import argparse
 import gc
 import statistics
 import subprocess
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import parse
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -143,7 +144,7 @@ def methods(iterations: int) -> dict[str, dict[str, Any]]:
     return found | {f"implicit, {solver}": {**options, "solver": solver} for solver in SOLVERS}
 
 
-def method_table(options: argparse.Namespace) -> None:
+def method_table(options: Any) -> None:
     """Prints a row per method; of the solvers also the fewest iterations of any run (negative
     curvature ends cg).
     """
@@ -170,22 +171,8 @@ def method_table(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 5, 10])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--memory", type=int, help="print MiB of one step with so many concepts and stop"
-    )
-    parser.add_argument(
-        "--methods", action="store_true", help="print the cost of every method and stop"
-    )
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 5], help="K of --methods")
-    parser.add_argument(
-        "--iterations", type=int, default=5, help="of implicit in --methods; those of the ablation"
-    )
-    options = parser.parse_args()
+    runs = {"counts": [1, 2, 5, 10], "batch": 4, "repeats": 3, "threads": 1}
+    options = parse(__doc__, **runs, memory=0, methods=False, steps=[1, 3, 5], iterations=5)
     torch.set_num_threads(options.threads)
     if options.memory:
         print(memory(options.memory, options.batch))

@@ -10,7 +10,6 @@ of 100 to 10,000 dimensions and batches of 16 to 1,024 rows, which bound the ran
 straightforward loop up to 1,000 dimensions.
 """
 
-import argparse
 import csv
 import statistics
 import sys
@@ -149,11 +148,9 @@ def seconds(case: Case, batch: int, steps: int, straightforward: bool) -> tuple[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of both loops")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--scaling", action="store_true", help="time against dimension and rank")
-    options = parser.parse_args()
+    from options import parse  # beside this file; tests import the rest
+
+    options = parse(__doc__, threads=1, steps=10, scaling=False)
     torch.set_num_threads(options.threads)
     if options.scaling:
         scaling(options.steps, Path(__file__).with_suffix(".csv"))

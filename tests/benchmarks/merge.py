@@ -8,10 +8,10 @@ concepts × 8 rows, float32, CPU seconds. All four start from the rows C_n and C
 - LU per layer: LU of C_regᵀC_reg and (C A Cᵀ)⁻¹ of every layer at every step, C_regᵀC_reg given;
 - released: C_regᵀC_reg of every layer at every step as well.
 
-Exits with code 1 if the fixed map is less than 20 times faster than ``released`` or results differ.
+``--repeats``: of the two fast ways; the slow ones run once. Exits with code 1 if the fixed map is
+less than 20 times faster than ``released`` or results differ.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from options import parse
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,17 +54,8 @@ def median(run: Callable[[], object], repeats: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--captions", type=int, default=200)
-    parser.add_argument("--context", type=int, default=77)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--concepts", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="of the two fast ways; the slow ones run once"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    sizes = {"captions": 200, "context": 77, "width": 768, "concepts": 3, "rows": 8}
+    options = parse(__doc__, **sizes, repeats=5, threads=1)
     torch.set_num_threads(options.threads)
     g = torch.Generator().manual_seed(0)
     d = options.width

@@ -5,15 +5,15 @@ The shipped MiniSD generates the same prompts from the same latents with the sam
 precision of every row.
 Printed: seconds, their ratio to the first row's, the share in which the shipped detector's
 likeliest class is the object, the style or both that were asked for, and the mean distance to the
-first row's images in grey levels of 255.
+first row's images in grey levels of 255. ``--objects``: how many, each in all eight styles.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import torch
+from options import parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -36,11 +36,7 @@ ROWS = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--objects", type=int, default=16, help="objects, each in all eight styles")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = parse(__doc__, threads=2, objects=16, seed=0)
     torch.set_num_threads(given.threads)
     model = DiffusionBackbone(path="minisd", device="cpu").build(None, given.seed)
     detector = load_detector()

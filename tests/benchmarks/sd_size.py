@@ -3,10 +3,11 @@
 Random weights in the full layout (U-Net 860 M, CLIP ViT-L/14 text encoder), two concepts, attn2 on
 both levels, K = 1, 16 × 16 latents, batch 1, float32; prints time and peak memory. Needs about 10
 GB. ``--savings`` prints instead, a fresh process per row, what the options that save memory save
-and cost, for one and three lower steps.
+and cost, for one and three lower steps: ``--checkpoint`` (gradient checkpointing) and
+``--recompute`` (`immunize.hypergradient.recompute`). ``--captions``: of C_reg; the paper has 200.
+``--steps``: K, lower steps.
 """
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -76,18 +78,8 @@ def main() -> int:
     from torch.func import functional_call
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concepts", type=int, default=2)
-    parser.add_argument("--latent", type=int, default=16)
-    parser.add_argument("--captions", type=int, default=20, help="of C_reg; the paper has 200")
-    parser.add_argument("--steps", type=int, default=1, help="K, lower steps")
-    parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--recompute", action="store_true", help="immunize.hypergradient.recompute")
-    parser.add_argument(
-        "--savings", action="store_true", help="print a table of the two above and stop"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    sizes = {"concepts": 2, "latent": 16, "captions": 20, "steps": 1, "threads": 1}
+    options = parse(__doc__, **sizes, checkpoint=False, recompute=False, savings=False)
     if options.savings:
         return savings(options.threads)
     torch.set_num_threads(options.threads)
