@@ -12,7 +12,6 @@ particular. Of everything else (other objects as photos; other styles): the latt
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from options import parse
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Shares = dict[str, tuple[float, float]]
 
 
-def detections(model: Any, detector: Any, count: dict[str, int], seed: int) -> Shares:
+def detections(model, detector, count, seed):
     """Return for each name the share of images in which it is the likeliest class, and in which
     the detector sees it, in ``count[name]`` images of a style (over objects that MiniSD saw in it)
     or of an object in photos.
@@ -51,7 +50,7 @@ def detections(model: Any, detector: Any, count: dict[str, int], seed: int) -> S
     return found
 
 
-def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> None:
+def told(was_, now_, gone, count):
     for name in gone:
         (top, seen), (top_now, seen_now) = was_[name], now_[name]
         line = f"seen {seen:.0%} → {seen_now:.0%}, likeliest {top:.0%} → {top_now:.0%}"
@@ -69,13 +68,13 @@ def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> 
         )
 
 
-def main() -> int:
+def main():
     scenarios = ["relearn_styles", "relearn_objects"]
     given = parse(__doc__, erased=32, kept=8, scenarios=scenarios, overrides=[], seed=0, threads=1)
     torch.set_num_threads(given.threads)
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
     detector = load_detector()
-    before: Shares = {}
+    before = {}
     for scenario in given.scenarios:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             chosen = [

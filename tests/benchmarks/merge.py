@@ -15,36 +15,31 @@ less than 20 times faster than ``released`` or results differ.
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from options import parse
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.gradients import Params
 from immunize.merge.closed_form import Merge, factorize
 
 OUTS = [*[320] * 10, *[640] * 10, *[1280] * 12]
 
 
-def algebra(c: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+def algebra(c, gram):
     """C A and (C A Cᵀ)⁻¹ by LU, as one writes it down."""
     lu, pivots = torch.linalg.lu_factor(gram)
     solved = torch.linalg.lu_solve(lu, pivots, c.T).T
     return solved, torch.linalg.inv(solved @ c.T)
 
 
-def updated(
-    w: Tensor, adapted: list[Tensor], rows: list[Tensor], c: Tensor, solved: Tensor, inner: Tensor
-) -> Tensor:
+def updated(w, adapted, rows, c, solved, inner):
     v = torch.cat([x @ r.T for x, r in zip(adapted, rows, strict=True)], 1)
     return w + (v - w @ c.T) @ inner @ solved
 
 
-def median(run: Callable[[], object], repeats: int) -> float:
+def median(run, repeats):
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -53,7 +48,7 @@ def median(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def main() -> int:
+def main():
     sizes = {"captions": 200, "context": 77, "width": 768, "concepts": 3, "rows": 8}
     options = parse(__doc__, **sizes, repeats=5, threads=1)
     torch.set_num_threads(options.threads)
@@ -61,7 +56,7 @@ def main() -> int:
     d = options.width
     rows = [torch.randn(options.rows, d, generator=g) for _ in range(options.concepts)]
     regular = torch.randn(options.captions * options.context, d, generator=g)
-    base: Params = {str(i): torch.randn(out, d, generator=g) / d**0.5 for i, out in enumerate(OUTS)}
+    base = {str(i): torch.randn(out, d, generator=g) / d**0.5 for i, out in enumerate(OUTS)}
     adapted = [
         {k: w + 0.01 * torch.randn(w.shape, generator=g) for k, w in base.items()} for _ in rows
     ]
@@ -74,13 +69,13 @@ def main() -> int:
     merge(base, adapted)
     once = time.process_time() - start
 
-    def one_lu() -> Params:
+    def one_lu():
         solved, inner = algebra(c, regular.T @ regular)
         return {
             k: updated(w, [a[k] for a in adapted], rows, c, solved, inner) for k, w in base.items()
         }
 
-    def per_layer(given: bool) -> Params:
+    def per_layer(given):
         return {
             k: updated(
                 w,

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 PARAMETERS = {
     "unet": 859_520_964,
@@ -27,7 +26,7 @@ PARAMETERS = {
 PROMPT = "a fox in the style of mosaic"
 
 
-def unet() -> Any:
+def unet():
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -41,7 +40,7 @@ def unet() -> Any:
     )
 
 
-def vae() -> Any:
+def vae():
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -54,7 +53,7 @@ def vae() -> Any:
     )
 
 
-def text_encoder() -> Any:
+def text_encoder():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -69,7 +68,7 @@ def text_encoder() -> Any:
     return CLIPTextModel(config)
 
 
-def write(folder: Path) -> None:
+def write(folder):
     """One part at a time, so that this phase needs the memory of the largest only."""
     import torch
     from diffusers import PNDMScheduler
@@ -108,7 +107,7 @@ def write(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-def load(folder: Path) -> Any:
+def load(folder):
     from lab.models.diffusion_backbone import DiffusionBackbone
 
     model = DiffusionBackbone(path=str(folder), resolution=128, device="cpu").build(None, 0)
@@ -116,7 +115,7 @@ def load(folder: Path) -> Any:
     return model
 
 
-def lora(folder: Path) -> None:
+def lora(folder):
     import torch
     from peft import LoraConfig
 
@@ -141,7 +140,7 @@ def lora(folder: Path) -> None:
     print(f"  backward and update {time.perf_counter() - start:.1f} s")
 
 
-def sample(folder: Path) -> None:
+def sample(folder):
     from lab.core.data import Sampling
 
     model = load(folder)
@@ -150,7 +149,7 @@ def sample(folder: Path) -> None:
     print(f"  image {tuple(images.shape)} {images.dtype} in {time.perf_counter() - start:.1f} s")
 
 
-def undo(folder: Path) -> None:
+def undo(folder):
     from types import SimpleNamespace
 
     from immunize.undo import Undo, _Captions, _Distillation
@@ -159,14 +158,14 @@ def undo(folder: Path) -> None:
     model = load(folder)
     options = Undo(keep_samples=1, target_samples=1, batch_size=2, steps=2, sampling_steps=1)
     captions = _Captions(student=(PROMPT, PROMPT), teacher=("a photo of a fox", PROMPT), same=1)
-    case: Any = SimpleNamespace(sampling=Sampling(steps=1, guidance=7.5))
+    case = SimpleNamespace(sampling=Sampling(steps=1, guidance=7.5))
     training = _Distillation(options, model, captions, case, 0)
     for step in range(options.steps):  # the first one also draws the teacher's two images
         start = time.perf_counter()
         print(f"  {training.step(step)} in {time.perf_counter() - start:.1f} s")
 
 
-def memory() -> str:
+def memory():
     """Peak resident memory of this process and what of the present one is mapped from files
     (Linux).
     """
@@ -182,7 +181,7 @@ def memory() -> str:
 PHASES = {"write": write, "load": load, "lora": lora, "sample": sample, "undo": undo}
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,7 +14,6 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from options import parse
@@ -27,7 +26,7 @@ from immunize.merge.closed_form import Merge, factorize
 from immunize.mima.hypergradient import HypergradientOptions, hypergradient
 from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 
-UNET: dict[str, Any] = {  # CompVis/stable-diffusion-v1-4, unet/config.json
+UNET = {  # CompVis/stable-diffusion-v1-4, unet/config.json
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -48,7 +47,7 @@ UNET: dict[str, Any] = {  # CompVis/stable-diffusion-v1-4, unet/config.json
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-TEXT: dict[str, Any] = {  # openai/clip-vit-large-patch14, text_config
+TEXT = {  # openai/clip-vit-large-patch14, text_config
     "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -59,7 +58,7 @@ TEXT: dict[str, Any] = {  # openai/clip-vit-large-patch14, text_config
 }
 
 
-def savings(threads: int) -> int:
+def savings(threads):
     """Prints a row per way to save memory."""
     for steps in (1, 3):
         for way in ([], ["--checkpoint"], ["--recompute"], ["--checkpoint", "--recompute"]):
@@ -73,7 +72,7 @@ def savings(threads: int) -> int:
     return 0
 
 
-def main() -> int:
+def main():
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from torch.func import functional_call
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -85,7 +84,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     text = CLIPTextModel(CLIPTextConfig(**TEXT)).requires_grad_(False).eval()
-    unet: Any = UNet2DConditionModel(**UNET).requires_grad_(False).eval()
+    unet = UNet2DConditionModel(**UNET).requires_grad_(False).eval()
     millions = sum(p.numel() for p in unet.parameters()) / 1e6
     theta = {x: p.detach() for x, p in unet.named_parameters() if ".attn2." in x}
     with torch.no_grad():
@@ -105,7 +104,7 @@ def main() -> int:
     z, noise = (torch.randn(options.concepts, 2, 1, 4, side, side) for _ in range(2))
     t = torch.randint(0, 1000, (options.concepts, 2, 1))
 
-    def loss(params: dict[str, torch.Tensor], n: int, level: int) -> torch.Tensor:
+    def loss(params, n, level):
         a = alphas[t[n, level]].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z[n, level] + (1 - a).sqrt() * noise[n, level]
         found = functional_call(unet, params, (noisy, t[n, level], words[n : n + 1])).sample

@@ -7,10 +7,8 @@ Where keys of `conf/` get other names, change the tables in `presets`.
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
 
 import fake_generations as fakes
 import fake_run as probes
@@ -18,7 +16,6 @@ import numpy as np
 import tiny
 import torch
 from presets import build, kinds, presets, problem
-from torch import Tensor
 
 import lab.api
 from lab.core.data import Case, Erasure
@@ -39,7 +36,7 @@ SEED = 3
 
 
 @cache
-def _directions(position: int, shape: tuple[int, ...]) -> Tensor:
+def _directions(position, shape):
     """Return four fixed directions for the tensor at a position in the order of the names."""
     seed = 1_000_003 * position
     for size in shape:
@@ -49,7 +46,7 @@ def _directions(position: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(4, count, generator=stream, dtype=torch.float64)
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def fingerprint(tensors):
     """Return the norm of all tensors together and four random projections, in float64."""
     total, projections = 0.0, torch.zeros(4, dtype=torch.float64)
     for position, name in enumerate(sorted(tensors)):
@@ -62,7 +59,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 # ---- computations
 
 
-def immunized(group: str, name: str, kind: str) -> dict[str, Any]:
+def immunized(group, name, kind):
     """Immunize, or erase, and return fingerprints of the weights and of their change."""
     method, (model, case) = build(group, name, kind), problem(kind)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -79,7 +76,7 @@ def immunized(group: str, name: str, kind: str) -> dict[str, Any]:
     return {"after": fingerprint(state), "change": fingerprint(change)}
 
 
-def attacked(name: str, kind: str) -> dict[str, Any]:
+def attacked(name, kind):
     """Attack for two steps and return fingerprints of weights and images, and all values."""
     method = build("attacks", name, kind)
     model, case = problem(kind, labelled=name == "probe_logistic")
@@ -94,7 +91,7 @@ def attacked(name: str, kind: str) -> dict[str, Any]:
     return out | ({"samples": fingerprint(found.samples)} if found.samples else {})
 
 
-def evaluated(name: str, kind: str = "linear") -> dict[str, Any]:
+def evaluated(name, kind="linear"):
     """Compute a metric family on made-up runs; return value, low and high of every metric."""
     if kind == "deep":
         run = _probe_run(labelled=True)
@@ -110,7 +107,7 @@ def evaluated(name: str, kind: str = "linear") -> dict[str, Any]:
     return _figures(metric(_probe_run(labelled=name == "probe_accuracy")))
 
 
-def _figures(scores: Any) -> dict[str, list[float | None]]:
+def _figures(scores):
     """Return the metrics, and the checks behind a verdict in their order."""
     rows = scores.tables.get("verdict", [])
     checks = [[row["value"], row["low"], row["high"], float(row["passed"])] for row in rows]
@@ -118,10 +115,10 @@ def _figures(scores: Any) -> dict[str, list[float | None]]:
     return found | {f"check {i}": check for i, check in enumerate(checks)}
 
 
-def _probe_run(labelled: bool) -> Any:
+def _probe_run(labelled):
     """Make a run of two attackers on two cases, whose speeds depend on seed, task and attacker."""
 
-    def trajectory(model_name: str, attack: str, role: str, seed: int) -> Any:
+    def trajectory(model_name, attack, role, seed):
         rate = 0.8 if model_name == BASELINE else 0.93 if role == "harmful" else 0.82
         rate += 0.01 * seed + (0.02 if attack == "probe_adam" else 0)
         return probes.decay(rate, probes.STEPS, 0.8 if model_name == BASELINE else 0.7)
@@ -141,21 +138,21 @@ def _probe_run(labelled: bool) -> Any:
 class _ManyCases(probes.FakeRun):
     """Ten cases whose immunization differs in strength, with attackers that feel it in part."""
 
-    def cases(self, seed: int) -> tuple[Case, ...]:
-        def task(number: int, name: str, role: Any) -> Any:
+    def cases(self, seed):
+        def task(number, name, role):
             return probes.task(probes.random_data(number), name, role)
 
-        def case(number: int) -> Case:
+        def case(number):
             harmful = (task(20 + number, "harm", "harmful"),)
             return Case(str(number), task(number, "good", "benign"), harmful)
 
         return tuple(map(case, range(10)))
 
-    def model(self, model_name: str, case: Case, seed: int) -> Any:
+    def model(self, model_name, case, seed):
         scale = 1.0 if model_name == BASELINE else 1.1 + 0.08 * int(case.name)
         return probes.linear(torch.diag(torch.tensor([1, 1 / scale, scale, 0.5]).double()))
 
-    def trajectory(self, model_name: str, attack: str, case: Case, task: Any, seed: int) -> Any:
+    def trajectory(self, model_name, attack, case, task, seed):
         number = int(case.name)
         if model_name == BASELINE or task.role == "benign":
             return probes.decay(0.8, probes.STEPS)
@@ -163,10 +160,10 @@ class _ManyCases(probes.FakeRun):
         return probes.decay(0.8 ** (1 - 0.5 * felt), probes.STEPS)
 
 
-def _images_run(one_model: bool) -> Any:
+def _images_run(one_model):
     """Make a text-to-image run of two attackers, whose images depend on seed and concept."""
 
-    def trajectory(model_name: str, attack: str, name: str, seed: int) -> Any:
+    def trajectory(model_name, attack, name, seed):
         faster = attack == "full"
         shown = [0, 2 + faster, 8, 9, 10]
         cosines = [0.0, 0.6, 0.6, 0.8, 1.0]
@@ -178,7 +175,7 @@ def _images_run(one_model: bool) -> Any:
         found.samples["reworded"] = found.samples["name"].flip(1)
         return found
 
-    def drifted(prompt: str, number: int) -> tuple[int, int, int]:
+    def drifted(prompt, number):
         return (0, 200, 0) if number % 4 == 0 else fakes.faithful(prompt, number)
 
     models = {BASELINE: fakes.Painter(fakes.faithful), IMMUNIZED: fakes.Painter(drifted)}
@@ -191,7 +188,7 @@ def _images_run(one_model: bool) -> Any:
     )
 
 
-def painted(style_name: str) -> dict[str, str]:
+def painted(style_name):
     """Return digests of what an artist makes of one scene and of finished images of the style.
 
     MiniSD's weights were trained on these pixels. A sum in another order changes the last bits of
@@ -205,7 +202,7 @@ def painted(style_name: str) -> dict[str, str]:
     return {"scene": digest(torch.from_numpy(scene)), "images": digest(images)}
 
 
-def study(name: str) -> dict[str, Any]:
+def study(name):
     """Run the real program for one seed; return its metrics and the committed ones of that seed."""
     committed = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
     per_seed = {row["metric"]: row["0"] for row in committed["tables"]["seed_values"]}
@@ -220,11 +217,9 @@ def study(name: str) -> dict[str, Any]:
 
 
 @cache
-def computations() -> dict[str, Callable[[], dict[str, Any]]]:
+def computations():
     """Return every computation by its key."""
-    found: dict[str, Callable[[], dict[str, Any]]] = {
-        f"world/{name}": partial(painted, name) for name in (PHOTO, *(s.name for s in STYLES))
-    }
+    found = {f"world/{name}": partial(painted, name) for name in (PHOTO, *(s.name for s in STYLES))}
     for group in ("immunize", "erase", "attacks"):
         for name in presets(group):
             for kind in kinds(group, name):
@@ -238,7 +233,7 @@ def computations() -> dict[str, Callable[[], dict[str, Any]]]:
     return found
 
 
-def stored() -> dict[str, Any]:
+def stored():
     """Read the stored values."""
     return json.loads(VALUES.read_text(encoding="utf-8")) if VALUES.is_file() else {}
 
@@ -246,14 +241,14 @@ def stored() -> dict[str, Any]:
 # ---- comparison
 
 
-def differences(key: str, old: Any, new: Any) -> list[str]:
+def differences(key, old, new):
     """List where `new` differs from the stored `old` by more than the tolerance; empty: equal."""
     before, after = _figures_by_name(old), _figures_by_name(new)
     pairs = [(name, before.get(name), after.get(name)) for name in sorted({*before, *after})]
     return [f"{name}: {a} -> {b}" for name, a, b in pairs if not _agree(key, a, b)]
 
 
-def _figures_by_name(result: dict[str, Any]) -> dict[str, Any]:
+def _figures_by_name(result):
     """Flatten what a computation returns: lists of figures, and texts."""
     found = {}
     for name, part in result.items():
@@ -264,7 +259,7 @@ def _figures_by_name(result: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _agree(key: str, old: Any, new: Any) -> bool:
+def _agree(key, old, new):
     """Compare metrics to 1e-9, and weights and losses to 1e-5 of the largest figure."""
     if not isinstance(old, list) or not isinstance(new, list):
         return bool(old == new)
@@ -274,7 +269,7 @@ def _agree(key: str, old: Any, new: Any) -> bool:
     return len(old) == len(new) and all(map(partial(close, rel=rel, absolute=absolute), old, new))
 
 
-def close(old: float | None, new: float | None, rel: float, absolute: float) -> bool:
+def close(old, new, rel, absolute):
     """Tell whether two figures agree; two missing ones do."""
     if old is None or new is None:
         return old is new

@@ -21,10 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -83,7 +82,7 @@ class Result(NamedTuple):
 # ---- running
 
 
-def run(checkout: Path, words: str, folder: Path) -> Result:
+def run(checkout, words, folder):
     """Run a study in a checkout, with its outputs in a folder, and collect what it gave."""
     folder.mkdir(parents=True)
     single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"), "1")
@@ -110,7 +109,7 @@ def run(checkout: Path, words: str, folder: Path) -> Result:
 # ---- collecting
 
 
-def collect(record: dict[str, Any], outputs: Path, seconds: float) -> Result:
+def collect(record, outputs, seconds):
     """Gather the numbers of a record and of the stages in the cache below a folder."""
     figures = {k: v for k in ("metrics", "curves", "tables") for k, v in numbers(k, record[k])}
     hashes = Counter(
@@ -118,9 +117,9 @@ def collect(record: dict[str, Any], outputs: Path, seconds: float) -> Result:
         for cell in record["cells"]
         if cell.get("weights")
     )
-    weights: Counter[str] = Counter()
-    tensors: Counter[str] = Counter()
-    values: Counter[str] = Counter()
+    weights = Counter()
+    tensors = Counter()
+    values = Counter()
     for path in sorted(outputs.rglob("*.safetensors")):
         content = tensor_hashes(path)
         tensors.update(content)
@@ -131,7 +130,7 @@ def collect(record: dict[str, Any], outputs: Path, seconds: float) -> Result:
     return Result(figures, hashes, weights, tensors, values, seconds)
 
 
-def numbers(path: str, node: Any) -> Iterator[tuple[str, float | None]]:
+def numbers(path, node):
     """Yield every number below a node with the path that leads to it; None stands for itself.
 
     Rows of a table are named by their metric. ``bound`` and ``note`` are left out: at fc147ca they
@@ -154,7 +153,7 @@ def numbers(path: str, node: Any) -> Iterator[tuple[str, float | None]]:
         yield path, node
 
 
-def tensor_hashes(path: Path) -> list[str]:
+def tensor_hashes(path):
     """Hash dtype, shape and bytes of every tensor of a file, without its name."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -168,7 +167,7 @@ def tensor_hashes(path: Path) -> list[str]:
     return hashes
 
 
-def leaves(node: Any) -> Iterator[str]:
+def leaves(node):
     """Yield every number and every list of numbers below a node, as text, without its name."""
     if isinstance(node, dict):
         node = list(node.values())
@@ -179,14 +178,14 @@ def leaves(node: Any) -> Iterator[str]:
         yield from leaves(value)
 
 
-def _is_number(node: Any) -> bool:
+def _is_number(node):
     return isinstance(node, int | float) and not isinstance(node, bool)
 
 
 # ---- comparing
 
 
-def distance(old: float | None, new: float | None) -> float:
+def distance(old, new):
     """Return the relative difference of two figures; inf where only one is a number."""
     if old == new or (old is not None and new is not None and math.isnan(old) and math.isnan(new)):
         return 0.0
@@ -195,12 +194,12 @@ def distance(old: float | None, new: float | None) -> float:
     return abs(new - old) / max(abs(old), abs(new))
 
 
-def shared(old: Counter[str], new: Counter[str]) -> str:
+def shared(old, new):
     """Say how many contents of both together both have."""
     return f"{(old & new).total()} of {(old | new).total()}"
 
 
-def compare(study: str, old: Result, new: Result) -> tuple[dict[str, Any], bool, list[str]]:
+def compare(study, old, new):
     """Compare the results of a study; figures that only the new checkout has are left out.
 
     Returns:
@@ -224,7 +223,7 @@ def compare(study: str, old: Result, new: Result) -> tuple[dict[str, Any], bool,
     return row, not worst and old[1:-1] == new[1:-1], listed
 
 
-def main() -> int:
+def main():
     """Run and compare the chosen studies; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--old", type=Path, required=True, help="checkout whose numbers count")

@@ -1,12 +1,10 @@
 """Tiny models, tasks and a checkpoint for the attackers' tests."""
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lab.core.data import Split, Task
 from lab.core.seeding import generator
@@ -22,17 +20,17 @@ class MemoryCheckpoint:
     saving).
     """
 
-    def __init__(self, fail_at: int | None = None) -> None:
+    def __init__(self, fail_at=None):
         self.fail_at, self.saves = fail_at, 0
-        self.state: tuple[dict[str, Tensor], str] | None = None
+        self.state = None
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self):
         if self.state is None:
             return None
         tensors, text = self.state
         return {k: v.clone() for k, v in tensors.items()}, json.loads(text)
 
-    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def save(self, tensors, values):
         self.state = (
             {k: v.clone() for k, v in tensors.items()},
             json.dumps(values, allow_nan=False),
@@ -42,7 +40,7 @@ class MemoryCheckpoint:
             raise Interrupted
 
 
-def interrupted(start: Callable[[MemoryCheckpoint], Any], fail_at: int) -> Any:
+def interrupted(start, fail_at):
     """What ``start(checkpoint)`` gives when it was killed at save ``fail_at`` and started again."""
     checkpoint = MemoryCheckpoint(fail_at)
     with pytest.raises(Interrupted):
@@ -50,7 +48,7 @@ def interrupted(start: Callable[[MemoryCheckpoint], Any], fail_at: int) -> Any:
     return start(checkpoint)
 
 
-def dense_model(d: int = 6, seed: int = 0) -> FeatureModel:
+def dense_model(d=6, seed=0):
     """Linear-ReLU-Linear-ReLU-Linear on vectors, float32, blocks without parameters among them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -68,7 +66,7 @@ class ConvModel(FeatureModel):
     images.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed=0):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU())
@@ -78,11 +76,11 @@ class ConvModel(FeatureModel):
             tail = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 6))
         super().__init__([("stem", stem), ("depth", depth), ("tail", tail)], 6)
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def inputs(self, x):
         return x.float() / 255 - 0.5
 
 
-def spread(n: int, d: int, kappa: float, seed: int = 0) -> Tensor:
+def spread(n, d, kappa, seed=0):
     """Features [n, d] float64 with κ(ZᵀZ) = ``kappa`` exactly, singular values geometric between √n
     and √(n/κ).
     """
@@ -93,7 +91,7 @@ def spread(n: int, d: int, kappa: float, seed: int = 0) -> Tensor:
     return n**0.5 * (u * s) @ v.T
 
 
-def regression(z: Tensor, seed: int = 0, noise: float = 0.1, test: int | None = None) -> Task:
+def regression(z, seed=0, noise=0.1, test=None):
     """y = z w + noise with a seeded w; the last ``test`` rows (a fifth) are the test split."""
     stream = generator(seed, "targets")
     y = z @ torch.randn(z.shape[1], dtype=torch.float64, generator=stream)
@@ -104,7 +102,7 @@ def regression(z: Tensor, seed: int = 0, noise: float = 0.1, test: int | None = 
     )
 
 
-def classification(z: Tensor, classes: int = 3, seed: int = 0, noise: float = 1.0) -> Task:
+def classification(z, classes=3, seed=0, noise=1.0):
     """The largest of ``classes`` noisy linear scores of the flattened, scaled rows; not separable
     with noise.
     """
@@ -130,7 +128,7 @@ def classification(z: Tensor, classes: int = 3, seed: int = 0, noise: float = 1.
     )
 
 
-def images(n: int = 60, seed: int = 0) -> Tensor:
+def images(n=60, seed=0):
     return torch.randint(
         0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator(seed, "images")
     )

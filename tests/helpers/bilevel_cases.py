@@ -1,18 +1,16 @@
 """A bi-level problem on a U-Net of a few thousand weights, and its gradient written naively."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from tiny_diffusion import TINY, tokenizer
 from torch import Tensor
 
 from immunize.gradients import Params, math_attention
-from immunize.merge.build import MergeOptions, Scope, build_merge
+from immunize.merge.build import MergeOptions, build_merge
 from immunize.merge.closed_form import Merge
-from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
+from immunize.mima.hypergradient import HypergradientOptions, hypergradient
 from immunize.mima.inner_loop import BETAS, InnerLoop, InnerLoopOptions
 from lab.core.seeding import generator
 from lab.minisd.train.networks import build_scheduler, build_text_encoder, build_vae
@@ -27,7 +25,7 @@ CAPTIONS = [
 
 
 @cache
-def micro_model() -> DiffusionModel:
+def micro_model():
     """Every kind of block and layer once: cross-attention down, mid and up, resampling, latents 4 ×
     4 × 4.
     """
@@ -60,21 +58,21 @@ class Problem:
     # per concept, per inner step, the last for the outer loop
     batches: list[list[tuple[Tensor, Text, Tensor, Tensor]]]
 
-    def inner(self) -> list[Any]:
-        def loss(n: int) -> Any:
+    def inner(self):
+        def loss(n):
             return lambda params, k: self.model.loss(*self.batches[n][k], weights=params).mean()
 
         return [loss(n) for n in range(self.count)]
 
-    def outer(self, params: Params, n: int) -> Tensor:
+    def outer(self, params, n):
         return -self.model.loss(*self.batches[n][-1], weights=params).mean()
 
     def problems(
         self,
-        settings: InnerLoopOptions | Sequence[InnerLoopOptions],
-        theta: Params | None = None,
-        **more: Any,
-    ) -> list[InnerLoop]:
+        settings,
+        theta=None,
+        **more,
+    ):
         """Inner loops of all concepts; ``settings``: one, or one per concept."""
         each = [settings] * self.count if isinstance(settings, InnerLoopOptions) else settings
         pairs = zip(each, self.inner(), strict=True)
@@ -85,9 +83,7 @@ class Problem:
         ]
 
 
-def batches(
-    model: DiffusionModel, words: Sequence[str], each: int, size: int = 2
-) -> list[list[Any]]:
+def batches(model, words, each, size=2):
     found = []
     for word in words:
         g = generator(0, "batches", word)
@@ -108,9 +104,7 @@ def batches(
 
 
 @cache
-def problem(
-    scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Any = "closed_form"
-) -> Problem:
+def problem(scope="kv", count=2, moved="all", rule="closed_form"):
     """``count`` styles; the outer set leaves out every third parameter of ``moved``, the inner one
     every second.
     """
@@ -137,14 +131,14 @@ def problem(
     return Problem(model, theta, outer, inner, merge, count, data)
 
 
-def unrolled(problem: InnerLoop, theta: Params) -> Params:
+def unrolled(problem, theta):
     """θ'_n with its graph: the inner loop step by step, Adam's preconditioner detached."""
     s, rho = problem.settings, problem.rho
     phi = {x: theta[x] for x in problem.names} if s.rank is None else problem.initial()
     phi = {x: y if y.requires_grad else y.clone().requires_grad_(True) for x, y in phi.items()}
     m, v = (({x: torch.zeros_like(y) for x, y in phi.items()}) for _ in range(2))
 
-    def place(phi: Params) -> Params:
+    def place(phi):
         if s.rank is None:
             return {**theta, **phi}
         return {**theta, **{x: theta[x] + phi[f"{x}/B"] @ phi[f"{x}/A"] for x in problem.names}}
@@ -156,7 +150,7 @@ def unrolled(problem: InnerLoop, theta: Params) -> Params:
         slope = torch.autograd.grad(
             loss, list(phi.values()), create_graph=True, materialize_grads=True
         )
-        step: Params = {}
+        step = {}
         for (x, y), g in zip(phi.items(), slope, strict=True):
             if s.optimizer == "sgd":
                 step[x] = y - s.lr * g
@@ -171,9 +165,7 @@ def unrolled(problem: InnerLoop, theta: Params) -> Params:
     return {x: placed[x] for x in problem.names}
 
 
-def naive(
-    p: Problem, settings: InnerLoopOptions | Sequence[InnerLoopOptions], rho: float = 0.0
-) -> Params:
+def naive(p, settings, rho=0.0):
     """∇J on the outer set by autograd through unroll, masks and merge."""
     with math_attention():
         theta = {x: y.clone().requires_grad_(True) for x, y in p.theta.items()}
@@ -187,17 +179,17 @@ def naive(
 
 
 def evaluate(
-    p: Problem,
-    settings: InnerLoopOptions | Sequence[InnerLoopOptions],
-    **options: Any,
-) -> HypergradientResult:
+    p,
+    settings,
+    **options,
+):
     """The project's own way; ``options`` are those of `HypergradientOptions`."""
     how = HypergradientOptions(**options)
     problems = p.problems(settings, rho=how.rho if how.method == "implicit" else 0.0)
     return hypergradient(p.theta, problems, p.outer, p.merge, p.outer_names, how)
 
 
-def distance(left: Params, right: Params) -> float:
+def distance(left, right):
     """‖left − right‖ ÷ ‖right‖ over all entries."""
     assert left.keys() == right.keys()
     gap = sum(float((left[x] - right[x]).square().sum()) for x in right)

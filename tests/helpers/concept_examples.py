@@ -2,39 +2,35 @@
 
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from tiny_diffusion import tiny_concept, tiny_diffusion
 
-from attacks.diffusion.attack import ConceptBase
 from attacks.diffusion.curriculum import Curriculum
 from attacks.diffusion.custom_diffusion import CustomDiffusion
 from attacks.diffusion.dreambooth import DreamBooth
 from attacks.diffusion.full_finetune import ConceptFullFinetune
 from attacks.diffusion.lora import ConceptLora
 from attacks.diffusion.textual_inversion import TextualInversion
-from lab.core.data import Concept, Sampling
-from lab.core.types import Budget, Checkpoint, Trajectory
-from lab.models.diffusion import DiffusionModel
+from lab.core.data import Sampling
+from lab.core.types import Budget
 
 SAMPLING = Sampling(steps=2, guidance=2.0, count=2)
 BUDGET = Budget(horizon=3, multiple=2, at=())  # snapshots 0, 3, 6
-FAST: dict[str, Any] = {"batch_size": 4, "sampling": SAMPLING, "clip": None}
+FAST = {"batch_size": 4, "sampling": SAMPLING, "clip": None}
 
 
 @cache
-def task(name: str = "mosaic", role: Any = "harmful") -> Concept:
+def task(name="mosaic", role="harmful"):
     return tiny_concept(name, role, "style")
 
 
 @cache
-def model() -> DiffusionModel:
+def model():
     return tiny_diffusion()
 
 
-def curriculum(**options: Any) -> Curriculum:
+def curriculum(**options):
     """Prior images with adapters on U-Net and text encoder, then a word, then adapters that use
     the word.
     """
@@ -54,7 +50,7 @@ def curriculum(**options: Any) -> Curriculum:
     return Curriculum(name="curriculum", sampling=SAMPLING, stages=stages, **options)
 
 
-def attackers() -> dict[str, ConceptBase]:
+def attackers():
     """One of each kind, at a rate that moves the tiny model within six steps."""
     return {
         "lora": ConceptLora(name="lora", lr=0.05, **FAST),
@@ -69,37 +65,37 @@ def attackers() -> dict[str, ConceptBase]:
     }
 
 
-def attack(name: str, **changes: Any) -> Any:
+def attack(name, **changes):
     """A changed attacker of `attackers`."""
     return replace(attackers()[name], **changes)
 
 
 def launch(
-    attacker: Any,
-    net: DiffusionModel | None = None,
+    attacker,
+    net=None,
     *,
-    what: Concept | None = None,
-    seed: int = 0,
-    budget: Budget = BUDGET,
-    checkpoint: Checkpoint | None = None,
-) -> Trajectory:
+    what=None,
+    seed=0,
+    budget=BUDGET,
+    checkpoint=None,
+):
     return attacker(net or model(), what or task(), seed=seed, budget=budget, checkpoint=checkpoint)
 
 
 @cache
-def unbroken(name: str) -> Trajectory:
+def unbroken(name):
     """The run of `attackers()[name]` from start to end."""
     return launch(attackers()[name])
 
 
-def assert_equal(a: Trajectory, b: Trajectory) -> None:
+def assert_equal(a, b):
     assert (a.steps, a.values, a.status, a.info) == (b.steps, b.values, b.status, b.info)
     for left, right in ((a.weights, b.weights), (a.samples, b.samples)):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[k], right[k]) for k in left)
 
 
-def fresh_pipeline(folder: Path) -> Any:
+def fresh_pipeline(folder):
     """The untouched tiny model as a plain diffusers pipeline, loaded from disk."""
     from diffusers import StableDiffusionPipeline
 

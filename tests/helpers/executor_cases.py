@@ -2,10 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from ranks_together import Found
 
 from lab.core.cache import Artifact, StageCache
 from lab.core.distributed import team
@@ -18,14 +16,14 @@ from lab.runner.pipeline import Cell
 SHARDS = {"light": 0, "one": 1, "two": 2, "three": 3}
 
 
-def make_cells(folder: Path, names: list[str]) -> list[Cell]:
+def make_cells(folder, names):
     """Return a stage per name; its kind is the part before the dash.
 
     Each leaves a file that says which process computed it.
     """
 
-    def make(name: str) -> Cell:
-        def compute(checkpoint: Any) -> Artifact:
+    def make(name):
+        def compute(checkpoint):
             (folder / f"{name}.{os.environ['RANK']}").touch()
             if name.startswith("bad"):
                 raise ValueError("a defect")
@@ -43,14 +41,14 @@ def make_cells(folder: Path, names: list[str]) -> list[Cell]:
     return [make(name) for name in names]
 
 
-def _sum(checkpoint: Any, diverges: bool) -> Artifact:
+def _sum(checkpoint, diverges):
     """Σ n over 6 terms in two halves, with a checkpoint between them."""
     total, begun = torch.zeros(1), 0
     saved = checkpoint.load()
     if saved is not None:
         total, begun = saved[0]["total"], saved[1]["begun"]
 
-    def compute(n: int) -> dict[str, torch.Tensor]:
+    def compute(n):
         if diverges and n == 2:
             raise Diverged("no number", 1)
         return {"x": torch.full((1,), float(n))}
@@ -64,7 +62,7 @@ def _sum(checkpoint: Any, diverges: bool) -> Artifact:
     return Artifact({"resumed_at": begun, "size": team().size}, {"total": total})
 
 
-def execute(root: str, names: list[str]) -> Found:
+def execute(root, names):
     """Compute the stages; return what this process then knows."""
     folder = Path(root)
     states = ProcessStates(folder / "ranks")
@@ -72,11 +70,11 @@ def execute(root: str, names: list[str]) -> Found:
     store = StageCache(folder / "cache")
     cells = make_cells(folder, names)
 
-    def shards(cell: Cell) -> int:
+    def shards(cell):
         cached = store.has(*cell.place)
         return 0 if cached else SHARDS.get(str(cell.model).partition("-")[0], 1)
 
-    def compute(cell: Cell) -> dict[str, Any]:
+    def compute(cell):
         artifact, hit = store.get(*cell.place, cell.compute, cell.parents)
         return artifact.values | {k: float(t) for k, t in artifact.tensors.items()} | {"hit": hit}
 

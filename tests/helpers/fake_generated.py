@@ -1,11 +1,9 @@
 """Records of text-to-image runs, of sweeps over options and of the transfer table, made by hand."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import torch
-from fake_records import Record, metric, record, sealed
+from fake_records import metric, record, sealed
 
 from lab.core.record import write_images
 from lab.core.types import ImageGrid
@@ -13,10 +11,8 @@ from lab.core.types import ImageGrid
 STEPS = [0, 40, 80, 120, 200]
 
 
-def curve(
-    model_names: dict[str, list[float]], band: float, y: str, log: str = ""
-) -> dict[str, Any]:
-    out: dict[str, Any] = {"step": STEPS, "x": "attack step", "y": y, "log": log}
+def curve(model_names, band, y, log=""):
+    out = {"step": STEPS, "x": "attack step", "y": y, "log": log}
     for model_name, values in model_names.items():
         out |= {
             model_name: values,
@@ -26,7 +22,7 @@ def curve(
     return out
 
 
-def image_grid(shift: float = 0.0) -> ImageGrid:
+def image_grid(shift=0.0):
     """Three rows of smooth colours."""
     noise = torch.rand(3 * 5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     big = (
@@ -46,9 +42,7 @@ def image_grid(shift: float = 0.0) -> ImageGrid:
     )
 
 
-def generated(
-    immunizer: str = "mima_deep", holds: bool = True, folder: Path | None = None, **kwargs: Any
-) -> Record:
+def generated(immunizer="mima_deep", holds=True, folder=None, **kwargs):
     """A re-learning run of two targets on the miniature model; with images where ``folder`` is
     given.
     """
@@ -135,7 +129,7 @@ def generated(
             "log": "",
         },
     }
-    base: dict[str, Any] = {
+    base = {
         "schema": "1.1",
         "name": f"relearn/{immunizer}",
         "scenario": "relearn",
@@ -161,7 +155,7 @@ def generated(
     return sealed(record(immunizer, **(base | kwargs)))
 
 
-def batch_sizes() -> list[Record]:
+def batch_sizes():
     """What ``sweeps=rir_batch_size`` writes: batch size × the rows behind each estimate."""
     out = []
     for size in (16, 64, 128, 256):
@@ -180,7 +174,7 @@ def batch_sizes() -> list[Record]:
     return out
 
 
-def transferred(cases: bool = True) -> Record:
+def transferred(cases=True):
     """What ``sweeps=optimizer_transfer`` writes: one row per attacker."""
     attacks = {
         "linear_probe": 0.12,

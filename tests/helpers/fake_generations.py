@@ -4,7 +4,7 @@ An image is one colour: red and green set its CLIP vector, blue says whether the
 concept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.core.data import CaptionedImages, Concept, ConceptCase, Role, Sampling
+from lab.core.data import CaptionedImages, Concept, ConceptCase, Sampling
 from lab.core.types import BASELINE, IMMUNIZED, Budget, Trajectory
 
 BUDGET = Budget(20, 4, at=(0, 10, 20, 40, 80))
@@ -23,37 +23,37 @@ STEPS = BUDGET.snapshots()
 RED = (200, 0, 0)
 
 
-def colours(*values: tuple[int, int, int]) -> Tensor:
+def colours(*values):
     """uint8 [n, 3, 4, 4]."""
     return (
         torch.tensor(values, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
     )
 
 
-def tilted(cosine: float, seen: bool = False) -> tuple[int, int, int]:
+def tilted(cosine, seen=False):
     """A colour whose CLIP cosine to `RED` is ``cosine`` (exact for 1, 0.8, 0.6 and 0)."""
     return (round(200 * cosine), round(200 * (1 - cosine**2) ** 0.5), 255 if seen else 0)
 
 
 class Clip:
-    def images(self, images: Tensor) -> Tensor:
+    def images(self, images):
         return F.normalize(images.double().mean((2, 3))[:, :2], dim=1)
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def texts(self, texts):
         return torch.tensor([[0.0, 1.0] if "green" in text else [1.0, 0.0] for text in texts])
 
 
 class Features:
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images):
         return images.double().mean((2, 3))
 
-    def distance(self, images: Tensor, references: Tensor) -> Tensor:
+    def distance(self, images, references):
         other = references[torch.arange(len(images)) % len(references)]
         return (images.double() - other.double()).abs().mean((1, 2, 3)) / 255
 
 
 class Perceptual:
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+    def distance(self, a, b):
         return (a.double() - b.double()).abs().amax((1, 2, 3)) / 255
 
 
@@ -65,7 +65,7 @@ class Detector:
 
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def probabilities(self, images: Tensor) -> dict[str, Tensor]:
+    def probabilities(self, images):
         red, green, blue = images.double().mean((2, 3)).T
         objects, styles = (green > red).double(), (blue > 127).double()
         return {
@@ -73,7 +73,7 @@ class Detector:
             "style": torch.stack([1 - styles, styles], 1),
         }
 
-    def detects(self, images: Tensor, name: str) -> Tensor:
+    def detects(self, images, name):
         return self.probabilities(images)["style"][:, 1] > 0.5
 
 
@@ -86,14 +86,14 @@ class FakeScorers:
     )
     lpips: Any = None
 
-    def fingerprint(self) -> str:
+    def fingerprint(self):
         return str(id(self))
 
 
 RATES = {"false_positive": 0.1, "false_negative": 0.1}
 
 
-def concept(name: str, role: Role, families: Sequence[str] = ("name",)) -> Concept:
+def concept(name, role, families=("name",)):
     none, known = (
         CaptionedImages(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ()),
         CaptionedImages(colours(RED, RED), ("a", "b")),
@@ -112,9 +112,9 @@ def concept(name: str, role: Role, families: Sequence[str] = ("name",)) -> Conce
 
 
 def case(
-    name: str = "case",
-    targets: Sequence[str] = ("mosaic", "neon"),
-    others: Sequence[str] = ("sketch",),
+    name="case",
+    targets=("mosaic", "neon"),
+    others=("sketch",),
     **kwargs,
 ):
     unrelated = CaptionedImages(colours((200, 0, 0), (0, 200, 0)), ("a red thing", "a green thing"))
@@ -130,9 +130,7 @@ def case(
     )
 
 
-def attack(
-    points: Sequence[Sequence[tuple[int, int, int]]], status: str = "ok", families=("name",)
-) -> Trajectory:
+def attack(points, status="ok", families=("name",)):
     """A trajectory from the colours of every point; it ends early where there are fewer points than
     snapshots.
     """
@@ -140,12 +138,10 @@ def attack(
     steps = list(STEPS[: len(points)])
     return Trajectory(
         steps, {"train_loss": [1.0] * len(steps)}, status, samples={f: samples for f in families}
-    )  # type: ignore[arg-type]
+    )
 
 
-def shares(
-    *counts: int, of: int = 10, cosines: Sequence[float] | None = None, status: str = "ok"
-) -> Trajectory:
+def shares(*counts, of=10, cosines=None, status="ok"):
     """A trajectory whose detector sees ``counts`` of ``of`` images per point; cosine 1 − … per
     point on request.
     """
@@ -170,21 +166,19 @@ class Painter:
     text_encoders = tokenizers = ()
     pipeline_class, zero_negative = "Painter", False
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self):
         """Painters have different weights, and so different images."""
         return {"weights": torch.tensor([self.weights])}
 
-    def latents(self, total: int, seed: int, *labels: object) -> Tensor:
+    def latents(self, total, seed, *labels):
         return torch.arange(total)
 
-    def generate(
-        self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32
-    ) -> Tensor:
+    def generate(self, prompts, latents, sampling, batch=32):
         self.calls.append(sampling)
         return colours(*(self.paint(p, int(z)) for p, z in zip(prompts, latents, strict=True)))
 
 
-def faithful(prompt: str, number: int) -> tuple[int, int, int]:
+def faithful(prompt, number):
     return (0, 200, 0) if "green" in prompt else (200, 0, 0)
 
 
@@ -206,21 +200,19 @@ class FakeRun:
     store: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     logged: dict[int, dict[str, list[float]]] = field(default_factory=dict)
 
-    def cases(self, seed: int) -> tuple[ConceptCase, ...]:
+    def cases(self, seed):
         return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)
 
-    def model(self, model_name: str, case: ConceptCase, seed: int) -> Painter:
+    def model(self, model_name, case, seed):
         return self.models[model_name]
 
-    def history(self, case: ConceptCase, seed: int) -> dict[str, list[float]]:
+    def history(self, case, seed):
         return self.logged.get(seed, {})
 
-    def trajectory(
-        self, model_name: str, attack: str, case: ConceptCase, task: Concept, seed: int
-    ) -> Trajectory:
+    def trajectory(self, model_name, attack, case, task, seed):
         return self.trajectories(model_name, attack, task.name, seed)
 
-    def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, key, compute):
         if key not in self.store:
             self.store[key] = compute()
         return self.store[key]
@@ -231,9 +223,7 @@ def flat(*cosines, count=4, status="ok"):
     return attack([[tilted(c)] * count for c in cosines], status)
 
 
-def world(
-    immunized: dict[str, Trajectory], baseline: Trajectory | None = None, **kwargs
-) -> FakeRun:
+def world(immunized, baseline=None, **kwargs):
     """The baseline learns: cosine 0, 0.6, 0.8, 1, 1; the immunized model by concept."""
     learned = baseline or flat(0.0, 0.6, 0.8, 1.0, 1.0)
 

@@ -7,7 +7,6 @@ import re
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -25,7 +24,7 @@ from lab.models.linear import LinearBackbone
 
 # Options that make a case tiny. They apply where a preset has the key. No learning rate is changed,
 # except where a preset diverges on the tiny data: see `OWN`.
-SMALL: dict[str, dict[str, Any]] = {
+SMALL = {
     "immunize/linear": {"epochs": 2, "steps": 4, "batch_size": 16, "log_points": 3},
     "immunize/deep": {"epochs": 1, "steps": 3, "batch_size": 16, "log_points": 3},
     "immunize/diffusion": {
@@ -52,7 +51,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 # Options of single presets, beyond those of `SMALL`.
-OWN: dict[str, dict[str, Any]] = {  # with their own lr the weights leave the finite numbers
+OWN = {  # with their own lr the weights leave the finite numbers
     "immunize/kappa_paper_house_price": {"lr": 1e-9},
     "immunize/kappa_paper_mnist": {"lr": 1e-9},
     "immunize/kappa_clamp": {"lr": 1e-3},  # kappa_clamp_deep has it
@@ -64,7 +63,7 @@ PATHS = {"attacks/lora_transplant": "donor", "attacks/interpolate": "base"}
 
 
 @cache
-def tiny_folder() -> str:
+def tiny_folder():
     """Save a tiny text-to-image model of other weights, for this process, and return its folder."""
     other = tiny_diffusion().copy()
     with torch.no_grad():
@@ -73,7 +72,7 @@ def tiny_folder() -> str:
     return str(other.save(Path(tempfile.mkdtemp(prefix="tiny-")) / "model"))
 
 
-def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
+def composed(*overrides, config="config", **options):
     """Compose the configuration; ``options`` are those of `hydra.compose`."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -98,14 +97,14 @@ LEFT_OUT = {("attacks", "none"), ("eval", "false_positives")} | {
 }
 
 
-def presets(group: str) -> list[str]:
+def presets(group):
     """List the choices of a group, without `LEFT_OUT`."""
     names = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
     return [name for name in names if (group, name) not in LEFT_OUT]
 
 
 @cache
-def nodes(group: str) -> dict[str, Any]:
+def nodes(group):
     """Compose every preset of a group once."""
     names = presets(group)
     if group in ("attacks", "eval"):
@@ -117,7 +116,7 @@ def nodes(group: str) -> dict[str, Any]:
     return found
 
 
-def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
+def build(group, name, kind="", **objects):
     """Instantiate a preset with the small options of its group and kind."""
     node = nodes(group)[name]
     small = {**SMALL.get(f"{group}/{kind}", {}), **OWN.get(f"{group}/{name}", {})}
@@ -135,7 +134,7 @@ def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
     return instantiate(merged, _partial_=True, _convert_="all")(**objects)
 
 
-def outline(node: Any) -> Any:
+def outline(node):
     """Reduce options to those that choose code: of numbers only whether they are 0."""
     if isinstance(node, dict):
         return {key: outline(value) for key, value in node.items() if key != "name"}
@@ -145,12 +144,12 @@ def outline(node: Any) -> Any:
 
 
 @cache
-def repetitions(group: str, by_class: bool = True) -> set[str]:
+def repetitions(group, by_class=True):
     """List presets of the class of another one, which has the name of the class or is the first;
     else those that differ from an earlier one in numbers alone. Short forms (``_quick``) are among
     them.
     """
-    first: dict[Any, str] = {}
+    first = {}
     for name in presets(group):
         node = OmegaConf.to_container(nodes(group)[name])
         own = re.sub("(?<!^)(?=[A-Z])", "_", node["_target_"].rpartition(".")[2]).lower()
@@ -160,13 +159,13 @@ def repetitions(group: str, by_class: bool = True) -> set[str]:
     return {n for n in presets(group) if n not in first.values() or n.endswith("_quick")}
 
 
-def param(group: str, name: str, *more: Any) -> Any:
+def param(group, name, *more):
     """Return (name, *more) as a case of a test; those after the first of a class are slow."""
     return pytest.param(name, *more, marks=[pytest.mark.slow] if name in repetitions(group) else [])
 
 
 @cache
-def kinds(group: str, name: str) -> list[str]:
+def kinds(group, name):
     """List the kinds of model that a preset takes."""
     accepted = build(group, name).accepts
     return [
@@ -176,7 +175,7 @@ def kinds(group: str, name: str) -> list[str]:
     ]
 
 
-def problem(kind: str, labelled: bool = False, harmful: int = 1) -> tuple[Any, Any]:
+def problem(kind, labelled=False, harmful=1):
     """Return a tiny model of a kind and a case for it."""
     if kind == "linear":
         case = tiny.linear_case(harmful=harmful)

@@ -6,8 +6,6 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +20,7 @@ _PATIENCE_S = 150.0
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
-def together(
-    size: int, function: Callable[..., Found], *arguments: Any, folder: Path, bare: bool = False
-) -> list[Found]:
+def together(size, function, *arguments, folder, bare=False):
     """``function(team, *arguments)`` of every process, in the order of ranks.
 
     With ``bare``, ``function(*arguments)``, which finds the environment that accelerate would set
@@ -73,13 +69,13 @@ def together(
 
 
 def _one(
-    rank: int,
-    size: int,
-    folder: Path,
-    function: Callable[..., Found],
-    arguments: tuple[Any, ...],
-    port: int | None,
-) -> None:
+    rank,
+    size,
+    folder,
+    function,
+    arguments,
+    port,
+):
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("warn")
     if port is not None:

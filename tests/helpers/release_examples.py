@@ -2,9 +2,6 @@
 cache.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from presets import composed as composed
 from safetensors import safe_open
@@ -16,7 +13,7 @@ from lab.minisd.world.world import concept
 from lab.runner.experiment import run_once
 
 
-def concept_folder(folder: Path, name: str, count: int = 6) -> Path:
+def concept_folder(folder, name, count=6):
     found = draw_images(concept(name), 1, count)
     return folders.write(
         folder,
@@ -25,7 +22,7 @@ def concept_folder(folder: Path, name: str, count: int = 6) -> Path:
     )
 
 
-def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
+def world(root, backbone, *overrides):
     """Overrides of a run on ``backbone`` with one target and one other concept from folders, in
     seconds.
     """
@@ -65,12 +62,12 @@ def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
     ]
 
 
-def tiny_folder(folder: Path, seed: int = 0) -> Path:
+def tiny_folder(folder, seed=0):
     """Diffusers layout, random weights."""
     return tiny_diffusion(seed).save(folder)
 
 
-def finished(root: Path) -> Path:
+def finished(root):
     """The record of a finished run below ``root``."""
     path = run_once(composed(*world(root, tiny_folder(root / "base"))), root / "run")
     assert path is not None
@@ -78,13 +75,13 @@ def finished(root: Path) -> Path:
     return path
 
 
-def options(run_folder: tuple[Path, Path], *more: str) -> Any:
+def options(run_folder, *more):
     """Config of an export of (root, record file)."""
     root, path = run_folder
     return composed("action=export", f"records={path}", f"paths.outputs={root / 'outputs'}", *more)
 
 
-def move(file: Path, name: str | None = None, by: float = 0.5) -> None:
+def move(file, name=None, by=0.5):
     """Change one tensor of a file, and nothing else."""
     tensors = load_file(file)
     name = name or next(k for k, v in sorted(tensors.items()) if v.is_floating_point())

@@ -4,34 +4,32 @@ it.
 
 from contextlib import suppress
 from functools import cache
-from typing import Any
 
 import torch
 from attack_examples import Interrupted, MemoryCheckpoint
 from mima_examples import case, model, preset, run, with_targets
-from ranks_together import Found
 from tiny_diffusion import tiny_concept
 
 import run as _entry  # noqa: F401  (names the resolvers that configs use)
-from lab.core.distributed import Team, working
+from lab.core.distributed import working
 from lab.core.errors import Diverged
 
 
 @cache
-def three_concepts() -> Any:
+def three_concepts():
     return with_targets((*case().targets, tiny_concept("sunset", "harmful", "style")))
 
 
-def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = False) -> Found:
+def immunized(team, name, changes, halves=False):
     """Weights that moved and the rows of the log.
 
     Args:
         halves: go on from the first checkpoint of a run in one process.
     """
-    rows: list[list[Any]] = []
+    rows = []
     immunizer = preset(name, **changes)
 
-    def log(step: int, **values: float) -> None:
+    def log(step, **values):
         rows.append([step, values])
 
     checkpoint = None
@@ -48,23 +46,23 @@ def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = Fal
     return moved, {"rows": rows}
 
 
-def immunized_with_a_fault(team: Team, name: str, changes: dict[str, Any], step: int) -> Found:
+def immunized_with_a_fault(team, name, changes, step):
     """The last process alters a weight by its last bit after the gradient of ``step``."""
     from immunize.mima.outer_loop import OuterLoop
 
     plain = OuterLoop.step
 
-    def faulty(self: OuterLoop, now: int) -> dict[str, float] | None:
+    def faulty(self, now):
         if now == step and team.rank == team.size - 1:
             weight = self.theta[self.objective.outer_names[0]].data.view(-1)
             weight[0] = torch.nextafter(weight[0], weight.new_tensor(torch.inf))
         return plain(self, now)
 
-    OuterLoop.step = faulty  # type: ignore[method-assign]
+    OuterLoop.step = faulty
     return immunized(team, name, changes)
 
 
-def shared(team: Team) -> Found:
+def shared(team):
     """One tensor of each dtype, of zero and of more dimensions, from the last process; and JSON
     with nan and inf.
     """
@@ -82,17 +80,17 @@ def shared(team: Team) -> Found:
     return team.broadcast(own, team.size - 1), values | {"gathered": gathered}
 
 
-def summed(team: Team, count: int) -> Found:
+def summed(team, count):
     """A sum whose bits depend on the order of its terms; who computed which."""
-    own: list[int] = []
-    order: list[int] = []
+    own = []
+    order = []
     total = torch.zeros(3)
 
-    def compute(n: int) -> dict[str, torch.Tensor]:
+    def compute(n):
         own.append(n)
         return {"x": torch.tensor([10.0 ** (7 - 3 * n), 1 / (n + 3), (-1) ** n * 1e8 + n])}
 
-    def add(n: int, term: dict[str, torch.Tensor]) -> None:
+    def add(n, term):
         order.append(n)
         total.add_(term["x"])
 
@@ -100,10 +98,10 @@ def summed(team: Team, count: int) -> Found:
     return {"total": total}, {"own": own, "order": order}
 
 
-def failing(team: Team, kind: str) -> Found:
+def failing(team, kind):
     """The term of concept 1 cannot be computed."""
 
-    def compute(n: int) -> dict[str, torch.Tensor]:
+    def compute(n):
         if n == 1:
             raise (
                 Diverged("no number", 7) if kind == "Diverged" else FloatingPointError("no number")

@@ -5,11 +5,10 @@ case for it.
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
-from lab.core.data import CaptionedImages, Concept, ConceptCase, Erasure, Role, Sampling
+from lab.core.data import CaptionedImages, Concept, ConceptCase, Erasure, Sampling
 from lab.minisd.train.networks import (
     Widths,
     build_scheduler,
@@ -28,31 +27,27 @@ sample = cache(world.sample)  # read only: `pictures` makes images of their own 
 
 
 @cache
-def tokenizer() -> Any:
+def tokenizer():
     texts = [text for style in ("mosaic", "neon", "photo") for text in prompts("a fox", style)]
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer(texts, Path(folder), 560)
 
 
-def tiny_diffusion(
-    seed: int = 0, *, latent: int = 8, dtype: torch.dtype = torch.float32
-) -> DiffusionModel:
+def tiny_diffusion(seed=0, *, latent=8, dtype=torch.float32):
     """Random weights; latents 4 × ``latent`` × ``latent``, so images of 4 × ``latent`` pixels."""
     unet, vae = build_unet(TINY, seed), build_vae(TINY, seed)
     text = build_text_encoder(TINY, len(tokenizer()), seed)
-    unet.register_to_config(sample_size=latent)  # type: ignore[operator]
+    unet.register_to_config(sample_size=latent)
     return DiffusionModel(unet, vae, [text], [tokenizer()], build_scheduler()).to(dtype)
 
 
-def draw_images(subset: Subset, seed: int, count: int, side: int = 32) -> CaptionedImages:
+def draw_images(subset, seed, count, side=32):
     found = sample(subset, seed, count)
     small = torch.nn.functional.interpolate(found.images.float(), (side, side), mode="area")
     return CaptionedImages(small.round().to(torch.uint8), tuple(found.texts))
 
 
-def tiny_concept(
-    name: str, role: Role, kind: Literal["object", "style"], count: int = 4
-) -> Concept:
+def tiny_concept(name, role, kind, count=4):
     here = concept(name)
     asked = prompts("a fox", name) if kind == "style" else prompts(f"a {name}")
     parts = [draw_images(here, seed, count) for seed in (1, 2, 3)]
@@ -60,7 +55,7 @@ def tiny_concept(
     return Concept(name, role, kind, name, parts[0], parts[1], parts[2], prior, {"name": asked})
 
 
-def tiny_case() -> ConceptCase:
+def tiny_case():
     """Two styles to protect against, one that must stay learnable, one object to practise on."""
     keep, unrelated = (
         draw_images(Subset(("fox", "panda")), 5, 6),
@@ -82,7 +77,7 @@ def tiny_case() -> ConceptCase:
     )
 
 
-def erasure(style: str) -> Erasure:
+def erasure(style):
     """A style that is mapped to the photo of the same object."""
     asked = tuple(f"a {name} in the style of {style}" for name in ("fox", "panda"))
     return Erasure(style, style, asked, ("a photo of a fox", "a photo of a panda"), ("a lion",))

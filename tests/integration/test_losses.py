@@ -61,8 +61,11 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
     assert "failed, the others go on: ZeroDivisionError: nothing to divide by" in err
     assert err.rstrip().endswith("error: attacks.broken: ZeroDivisionError: nothing to divide by")
     record = record_of(out, tmp_path)
-    assert (record["status"], record["error"]["type"]) == ("failed", "ZeroDivisionError")
-    assert record["error"]["key"] == "attacks.broken"
+    assert (record["status"], record["error"]["type"], record["error"]["key"]) == (
+        "failed",
+        "ZeroDivisionError",
+        "attacks.broken",
+    )
     mine = [cell["status"] for cell in record["cells"] if cell["attack"] == "broken"]
     assert mine == ["failed", *["pending"] * (len(mine) - 1)], (
         "an attack that failed is not tried again"

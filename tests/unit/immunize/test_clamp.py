@@ -51,8 +51,10 @@ def test_every_term_agrees_with_a_quadratic(scale):
     options = ClampOptions(slack=1.0)
     total, row = terms(scale, slack=1.0)
     assert float(total.detach()) == pytest.approx(by_hand(scale, options), rel=1e-6)
-    assert row["contraction"] == pytest.approx(1 - LR * scale)
-    assert row["curvature"] == pytest.approx(LR * scale)
+    assert (row["contraction"], row["curvature"]) == (
+        pytest.approx(1 - LR * scale),
+        pytest.approx(LR * scale),
+    )
     difference = (by_hand(scale + 1e-5, options) - by_hand(scale - 1e-5, options)) / 2e-5
     assert row["slope"] == pytest.approx(difference, rel=1e-4)
 

@@ -60,8 +60,11 @@ def test_metrics_before_and_after() -> None:
     for role in ("harmful", "benign"):
         before, after = (metrics[f"ntk_trace_{role}{end}"] for end in ("_baseline", ""))
         ratio = metrics[f"ntk_trace_{role}_ratio"]
-        assert ratio.value == pytest.approx(after.value / before.value)
-        assert (ratio.n, ratio.interval) == (3, "across_seeds")
+        assert (ratio.value, ratio.n, ratio.interval) == (
+            pytest.approx(after.value / before.value),
+            3,
+            "across_seeds",
+        )
     assert metrics["ntk_kappa_harmful_ratio"].better == "higher"
     rows = scores.tables["ntk_spectrum"]
     assert [row["index"] for row in rows] == [1, 2, 3] * 4

@@ -56,9 +56,11 @@ def rows(scores):
 def test_the_soonest_attack_counts():
     scores = audited(run(mosaic=(SLOW, FAST), neon=(NEVER, NEVER)))
     by = rows(scores)
-    assert by["mosaic", "full"]["status"] == "learned"
-    assert by["mosaic", "full"]["steps"] == pytest.approx(AT)
-    assert by["mosaic", "lora"]["steps"] == pytest.approx(40)
+    assert (
+        by["mosaic", "full"]["status"],
+        by["mosaic", "full"]["steps"],
+        by["mosaic", "lora"]["steps"],
+    ) == ("learned", pytest.approx(AT), pytest.approx(40))
     mosaic = scores.tables["audit_verdict"][0]
     assert mosaic["low"] <= AT <= mosaic["high"]
     assert (by["neon", "lora"]["status"], by["neon", "lora"]["steps"]) == ("not learned", 80)

@@ -141,8 +141,10 @@ def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
         assert result[name].value == pytest.approx(0.0), name
     assert "3 of 12 attacks diverged" in result["sgr_clip_mosaic"].note
     curve = scores.curves["similarity_clip_mosaic"]
-    assert curve["immunized"][1] == pytest.approx(0.0)
-    assert curve["immunized"][2:] == [None, None, None]
+    assert (curve["immunized"][1], curve["immunized"][2:]) == (
+        pytest.approx(0.0),
+        [None, None, None],
+    )
 
 
 def test_clip_t_and_prompt_families():

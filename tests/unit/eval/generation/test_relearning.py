@@ -158,8 +158,11 @@ def test_steps_to_relearn_by_hand():
 def test_a_model_that_never_relearns_gives_a_lower_limit():
     result = metrics(world(shares(0, 0, 0, 2, 5), neon=shares(0, 0, 6, 6, 6)))
     mosaic = result["steps_to_relearn_ratio_mosaic"]
-    assert mosaic.value == pytest.approx(80 / HORIZON)
-    assert (mosaic.bound, mosaic.note) == ("lower", "not relearned in 3 of 3 cases")
+    assert (mosaic.value, mosaic.bound, mosaic.note) == (
+        pytest.approx(80 / HORIZON),
+        "lower",
+        "not relearned in 3 of 3 cases",
+    )
     assert result["steps_to_relearn_ratio"].bound == "lower"
     assert result["steps_to_relearn_ratio_neon"].bound is None
 
@@ -233,10 +236,15 @@ def test_curves_and_table():
     assert curve["baseline"] == pytest.approx([0, 0.2, 0.8, 1, 1])
     assert curve["immunized"] == pytest.approx([0, 0, 0.2, 0.6, 1])
     row = scores.tables["relearning"][0]
-    assert row["steps_baseline"] == pytest.approx(HORIZON)
-    assert (row["steps_immunized"], row["censored_immunized"]) == (40.0, False)
-    assert row["ratio"] == pytest.approx(40 / HORIZON)
-    assert row["asr_corrected_immunized_at_20"] == pytest.approx(0.125)
+    assert (row["steps_baseline"], row["steps_immunized"], row["censored_immunized"]) == (
+        pytest.approx(HORIZON),
+        40.0,
+        False,
+    )
+    assert (row["ratio"], row["asr_corrected_immunized_at_20"]) == (
+        pytest.approx(40 / HORIZON),
+        pytest.approx(0.125),
+    )
 
 
 def test_the_threshold_is_an_option():

@@ -58,8 +58,10 @@ def test_every_layout_loads_and_generates(saved, layout):
     assert isinstance(backbone, Backbone)
     model = backbone.build(None, 0)
     assert same_weights(model, DiffusionModel.from_pipeline(tiny_pipeline(layout)))
-    assert model.prediction == ("v_prediction" if layout == "sd2" else "epsilon")
-    assert model.xl == (layout == "xl")
+    assert (model.prediction, model.xl) == (
+        "v_prediction" if layout == "sd2" else "epsilon",
+        layout == "xl",
+    )
     assert model.generate(["a fox"], model.latents(1, 0), Sampling(steps=2)).shape == (1, 3, 64, 64)
 
 

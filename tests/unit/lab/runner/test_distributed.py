@@ -62,9 +62,7 @@ def test_terms_are_added_in_their_order_wherever_they_were_computed(tmp_path, co
 @pytest.mark.parametrize("kind", ["Diverged", "FloatingPointError"])
 def test_a_term_without_a_number_ends_all_processes_alike(tmp_path, kind):
     found = [values for _, values in together(2, failing, kind, folder=tmp_path)]
-    assert found[0] == found[1]
-    assert found[0]["raised"] == kind
-    assert found[0]["message"] == "no number"
+    assert (found[0], found[0]["raised"], found[0]["message"]) == (found[1], kind, "no number")
     assert found[0].get("step") == (7 if kind == "Diverged" else None)
 
 

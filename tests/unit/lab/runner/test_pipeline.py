@@ -170,8 +170,10 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
     artifact, _ = found.compute(cell_of(found, "immunized"))
     assert artifact.values["error"] == {"message": "too far", "last_good_step": 3}
     found.diverged["tiny", 0] = artifact.values["error"]
-    assert [c.name for c in found.cases(0)] == ["second"]
-    assert {c.case for c in found.attack_cells()} == {"second"}
+    assert ([c.name for c in found.cases(0)], {c.case for c in found.attack_cells()}) == (
+        ["second"],
+        {"second"},
+    )
     found.diverged["second", 0] = artifact.values["error"]
     assert found.seeds == ()
 

@@ -38,8 +38,11 @@ def test_train_and_test_share_no_emoji_and_no_digit():
 
 def test_a_group_of_the_same_world_is_harmful():
     (same,) = OpenmojiMnist(**SMALL, harmful="animals-nature").load(0).cases
-    assert same.harmful[0].name == "animals-nature"
-    assert (same.benign.classes, same.harmful[0].classes) == (6, 6)
+    assert (same.harmful[0].name, same.benign.classes, same.harmful[0].classes) == (
+        "animals-nature",
+        6,
+        6,
+    )
     assert torch.bincount(same.harmful[0].test.y).tolist() == [6] * 5 + [5]
     assert not torch.equal(same.benign.train.x, same.harmful[0].train.x)
     with pytest.raises(UserError, match="harmful=animals") as refused:
