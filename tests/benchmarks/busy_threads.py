@@ -56,8 +56,7 @@ def main(seconds: float) -> None:
         quiet = measure(changes, seconds)
         with ExitStack() as stack:
             for _ in range(CORES):
-                process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                stack.callback(process.kill)
+                stack.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
             busy = measure(changes, seconds)
         print(f"{name:26}{quiet:10.2f}{busy:10.2f}{quiet / busy:8.1f}", flush=True)
 

@@ -41,8 +41,7 @@ def check_targets(cfg):
         options = {k: v for k, v in node.items() if not k.startswith("_")}
         signature = inspect.signature(get_object(node["_target_"]))
         (signature.bind_partial if node.get("_partial_") else signature.bind)(**options)
-        group = path.split(".")[0]
-        inside = group in ("scorers", "train", "tracker") or ".scorers." in path
+        inside = path.split(".")[0] in ("scorers", "train", "tracker") or ".scorers." in path
         inside = inside or path.endswith(".detector")
         assert inside or options.get("name") or node.get("_partial_"), f"{path} has no name"
     return found

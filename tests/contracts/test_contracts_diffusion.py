@@ -56,8 +56,7 @@ def test_immunizer(name, case):
 def attacked(name, model, task):
     """The trajectory of an attack that leaves ``model`` alone."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    attack = build("attacks", name, "diffusion")
-    found = attack(model, task, seed=5, budget=BUDGET, checkpoint=None)
+    found = build("attacks", name, "diffusion")(model, task, seed=5, budget=BUDGET, checkpoint=None)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
         "the input model was changed"
     )

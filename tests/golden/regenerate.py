@@ -46,8 +46,7 @@ def main(words: list[str]) -> None:
             within = not cases.differences(key, old, new)
             print(f"  {'within' if within else 'beyond'} the tolerance of the test")
         values[key] = new
-    text = json.dumps(values, indent=1, sort_keys=True)
-    cases.VALUES.write_text(text + "\n", encoding="utf-8")
+    cases.VALUES.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

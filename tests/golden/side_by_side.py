@@ -102,8 +102,7 @@ def run(checkout, words, folder):
         end = (folder / "log.txt").read_text(encoding="utf-8")[-2000:]
         reason = f"exit code {ended.returncode}, {len(records)} records"
         raise RuntimeError(f"{checkout}: {reason}\n{end}")
-    record = migrate(json.loads(records[0].read_text(encoding="utf-8")))
-    return collect(record, outputs, seconds)
+    return collect(migrate(json.loads(records[0].read_text(encoding="utf-8"))), outputs, seconds)
 
 
 # ---- collecting

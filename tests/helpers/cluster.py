@@ -184,8 +184,7 @@ class Cluster:
 
     def restarts(self, job: str) -> int:
         """How often Slurm has put a job back in the queue."""
-        text = self.call("scontrol", "show", "job", job)
-        return int(text.partition(" Restarts=")[2].split()[0])
+        return int(self.call("scontrol", "show", "job", job).partition(" Restarts=")[2].split()[0])
 
     def process(self, job: str) -> int | None:
         """Id of the Python process that a job's ``srun`` has started; None when there is none."""

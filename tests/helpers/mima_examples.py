@@ -65,8 +65,7 @@ def run(immunizer, *, of=None, on=None, seed=0, checkpoint=None, log=no_log):
 
 def rows_of(immunizer, **options):
     rows = []
-    result = run(immunizer, log=lambda step, **values: rows.append((step, values)), **options)
-    return result, rows
+    return run(immunizer, log=lambda step, **values: rows.append((step, values)), **options), rows
 
 
 def moved(after, before):

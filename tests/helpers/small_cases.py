@@ -18,8 +18,7 @@ def linear_task(name, role, n, d, seed, spread=1.0):
     """
     mix = torch.linalg.qr(randn(d, d, seed=seed + 1))[0]
     x = (randn(n, d, seed=seed) * torch.logspace(0, -spread, d, dtype=torch.float64)) @ mix.T
-    y = x @ randn(d, seed=seed + 2) + 0.1 * randn(n, seed=seed + 3)
-    split = Split(x, y)
+    split = Split(x, x @ randn(d, seed=seed + 2) + 0.1 * randn(n, seed=seed + 3))
     return Task(name, role, "regression", split, split)
 
 

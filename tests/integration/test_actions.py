@@ -23,14 +23,12 @@ def test_actions_on_two_records(cli, tmp_path):
     paths = [str(p) for p in sorted(tmp_path.rglob("record.json"))]
     assert "RIR" in cli("action=compare", f"records=[{paths[0]},{paths[1]}]").out
     assert "2 ok" in cli("action=status", "records=[outputs/runs]").out
-    told = cli("action=status", "records=[outputs/runs,nowhere]", code=2)
-    assert "records=nowhere" in told.err
+    assert "records=nowhere" in cli("action=status", "records=[outputs/runs,nowhere]", code=2).err
 
 
 def test_a_record_that_cannot_be_read_is_told_and_the_others_are_summed_up(cli, tmp_path):
     cli(*FAST)
-    run = next(tmp_path.rglob("record.json")).parent
-    broken = run.parent / "broken" / "record.json"
+    broken = next(tmp_path.rglob("record.json")).parent.parent / "broken" / "record.json"
     broken.parent.mkdir()
     broken.write_text("{")
     for action, file in (("leaderboard", "leaderboard.md"), ("report", "report.html")):
@@ -46,8 +44,7 @@ def test_a_command_that_was_repeated_has_one_row(cli, tmp_path):
     again["provenance"]["started"] = "2100-01-01T00:00:00+00:00"
     shutil.copytree(run, run.parent / "again")
     records.write(again, run.parent / "again" / "record.json")
-    told = cli("action=leaderboard")
-    assert "1 of 2 records repeat another one's content" in told.out
+    assert "1 of 2 records repeat another one's content" in cli("action=leaderboard").out
     (row,) = csv.DictReader((tmp_path / "outputs/leaderboard.csv").open())
     assert (row["label"], row["rank"]) == ("kappa", "1")
     cli("action=compare", f"records=[{run},{run.parent / 'again'}]")

@@ -13,8 +13,7 @@ STUDY = [word for word in FAST if "epochs" not in word]
 
 
 def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path):
-    told = cli(*STUDY, "immunize=kappa_closed_form")
-    metrics = record_of(told.out, tmp_path)["metrics"]
+    metrics = record_of(cli(*STUDY, "immunize=kappa_closed_form").out, tmp_path)["metrics"]
     assert metrics["rir_bound_ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert metrics["rir"]["value"] == pytest.approx(metrics["rir_bound"]["value"], rel=1e-6)
     assert metrics["rir"]["value"] > 10
@@ -114,6 +113,5 @@ def test_a_signal_leaves_a_preempted_record_and_a_checkpoint(tmp_path, number):
     until(lambda: list(tmp_path.rglob("*.ckpt")), "a checkpoint")
     process.send_signal(number)
     out, _ = ended(process, code=130)
-    record = record_of(out, tmp_path)
-    assert record["status"] == "preempted"
+    assert record_of(out, tmp_path)["status"] == "preempted"
     assert list(tmp_path.rglob("*.ckpt"))

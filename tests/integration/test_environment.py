@@ -52,8 +52,7 @@ def undisturbed(tmp_path_factory):
 
 
 def newest(place):
-    paths = sorted(place.rglob("record.json"), key=lambda p: p.stat().st_mtime_ns)
-    return records.read(paths[-1])
+    return records.read(sorted(place.rglob("record.json"), key=lambda p: p.stat().st_mtime_ns)[-1])
 
 
 def mount(*arguments):

@@ -77,8 +77,7 @@ def test_the_baseline_can_be_exported_for_comparison(run_folder):
 def test_two_exports_are_equal_byte_by_byte(run_folder, exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the working directory can be the place
     export(options(run_folder, "path=."))
-    sums = (tmp_path / "SHA256SUMS").read_bytes()
-    assert sums == (exported / "SHA256SUMS").read_bytes()
+    assert (tmp_path / "SHA256SUMS").read_bytes() == (exported / "SHA256SUMS").read_bytes()
 
 
 def test_changed_tensors_alone_serve_as_an_immunizer(run_folder, exported, tmp_path):
@@ -88,8 +87,7 @@ def test_changed_tensors_alone_serve_as_an_immunizer(run_folder, exported, tmp_p
     method = StoredUnet(path=str(file))
     case = tiny_case()
     targets = json.loads(safe_open(file, "pt").metadata()["facts"])["targets"]
-    known = replace(case, targets=(replace(case.targets[0], name=targets[0]),))
-    method.check((known,))
+    method.check((replace(case, targets=(replace(case.targets[0], name=targets[0]),)),))
     with pytest.raises(UserError, match=r"immunize.path=.*not nothing"):
         method.check((replace(case, targets=(replace(case.targets[0], name="nothing"),)),))
     stored, whole = load_file(file), load_file(exported / UNET)
@@ -149,8 +147,7 @@ def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         maps = network.forward_features(published.inputs(x))
-        features = network.forward_head(maps, pre_logits=True)
-        assert torch.allclose(features, published(x), atol=1e-5)
+        assert torch.allclose(network.forward_head(maps, pre_logits=True), published(x), atol=1e-5)
     check(folder)
 
 

@@ -100,14 +100,12 @@ def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
 
 @pytest.mark.parametrize("error", ["mended", "disk"])
 def test_what_a_user_mends_first_ends_the_run_at_once(broken, tmp_path, error):
-    told = broken("attacks=[broken,linear_probe]", error=error, code=2)
-    record = record_of(told.out, tmp_path)
+    record = record_of(broken("attacks=[broken,linear_probe]", error=error, code=2).out, tmp_path)
     assert {c["status"] for c in record["cells"] if c["attack"] == "linear_probe"} <= {"pending"}
 
 
 def test_a_metric_that_fails_does_not_stop_the_others(broken, cli, tmp_path):
-    told = broken("eval=[broken,verdict]", group="eval", code=1)
-    record = record_of(told.out, tmp_path)
+    record = record_of(broken("eval=[broken,verdict]", group="eval", code=1).out, tmp_path)
     assert record["skipped"] == {"broken": "ZeroDivisionError: nothing to divide by"}
     assert record["status"] == "failed"
     assert record["metrics"]["verdict"]["value"] is not None, (

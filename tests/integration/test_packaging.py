@@ -161,8 +161,7 @@ def archives(tmp_path_factory):
     sdist = build("sdist", work / "source", work / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(work / "unpacked", filter="data")
-    wheel = build("wheel", next((work / "unpacked").iterdir()), work / "wheel")
-    return tracked, sdist, wheel
+    return tracked, sdist, build("wheel", next((work / "unpacked").iterdir()), work / "wheel")
 
 
 @pytest.mark.slow

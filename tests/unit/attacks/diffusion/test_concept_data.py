@@ -68,8 +68,7 @@ def test_variants_keep_size_and_repeat_from_the_seed() -> None:
 
 def test_draws_have_no_repeats_before_all_images_were_seen_and_cover_the_schedule() -> None:
     material = Material.encode(model(), [task().train.images], task().train.prompts)
-    drawn = material.draw(4, 1000, generator(0, "d"))
-    assert sorted(drawn.rows) == [0, 1, 2, 3]
+    assert sorted(material.draw(4, 1000, generator(0, "d")).rows) == [0, 1, 2, 3]
     every = material.evenly(1000, generator(0, "e"))
     assert every.t[0] < 40 < 960 < every.t[-1]
     assert set(every.rows) == {0, 1, 2, 3}

@@ -47,8 +47,7 @@ def test_without_steps_every_setting_is_an_attack_of_its_own():
     assert [*variants] == ["lora (rank 1)", "lora (rank 2)"]
     found, options = variants["lora (rank 2)"]
     assert options == {"rank": 2, "name": "lora (rank 2)", "search": None}
-    plain = launch(attack("lora", families=(), rank=2))
-    assert launch(found).values == plain.values
+    assert launch(found).values == launch(attack("lora", families=(), rank=2)).values
     assert searched().variants() == {}
     with pytest.raises(UserError, match="variants"):
         launch(whole)
@@ -81,13 +80,11 @@ def test_the_split_is_a_partition_of_the_training_images():
 def test_a_killed_search_continues():
     whole = unbroken()
     for fail_at in (2, 5):  # in the search, in the run after it
-        again = interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at)
-        assert_equal(again, whole)
+        assert_equal(interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at), whole)
 
 
 def test_trials_that_diverge_lose_and_where_all_do_the_options_stay():
-    space = {"lr": [1e12, 0.05]}
-    told = launch(searched(space=space)).info["search"]
+    told = launch(searched(space={"lr": [1e12, 0.05]})).info["search"]
     assert told["trials"][0]["score"] is None
     assert told["best"] == {"lr": 0.05}
     none = launch(searched(space={"lr": [1e12, 1e13]}))

@@ -56,8 +56,7 @@ def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(kind, initi
     table = net.text_encoders[0].get_input_embeddings().weight
     pieces = net.tokenizers[0](" ".join(begins), add_special_tokens=False).input_ids
     expected = table[pieces].mean(0).detach().clone()
-    attacker = attack(kind, initializer=initializer)
-    moving = attacker.open(net, concept, 0)
+    moving = attack(kind, initializer=initializer).open(net, concept, 0)
     (row,) = next(v for k, v in moving.weights().items() if k.startswith("embedding."))
     assert torch.equal(row, expected)
     assert not torch.equal(row, table[pieces[0]]) or len(pieces) == 1

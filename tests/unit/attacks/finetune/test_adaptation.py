@@ -101,16 +101,14 @@ def test_gauss_newton_step_is_the_pseudo_inverse_of_the_jacobian():
     theta, w = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for _ in range(2):  # at w = 0 only the head moves; then both do
         x, y = task.train.x, task.train.y
-        by_theta = (x[:, :, None] * w).flatten(1)
-        jacobian = torch.cat([x @ theta, by_theta], 1)
+        jacobian = torch.cat([x @ theta, (x[:, :, None] * w).flatten(1)], 1)
         kernel = jacobian @ jacobian.T
         kernel += 1e-3 * kernel.diagonal().mean() * torch.eye(len(x))
         step = jacobian.T @ torch.linalg.solve(kernel, x @ theta @ w - y)
         w, theta = w - step[:3], theta - step[3:].view(3, 3)
     attacker = FullFinetune(batch_size=None, optimizer="gauss_newton", loss="squared", lr=1.0)
     budget = Budget(horizon=2, multiple=1, points=2)
-    model = LinearExtractor(torch.eye(3))
-    result = attacker(model, task, seed=0, budget=budget, checkpoint=None)
+    result = attacker(LinearExtractor(torch.eye(3)), task, seed=0, budget=budget, checkpoint=None)
     torch.testing.assert_close(result.weights["blocks.0.weight"], theta)
     torch.testing.assert_close(result.weights["head"][:, 0], w)
     with pytest.raises(UserError, match="squared"):

@@ -95,8 +95,7 @@ def test_fewer_rows_than_features_and_collapsed_features():
 
 def test_standardize_removes_the_columns_scale_from_the_conditioning():
     scale = torch.logspace(0, -2, 5, dtype=torch.float64)
-    stream = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 5, dtype=torch.float64, generator=stream) + 1.0
+    x = torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1.0
     task = regression(x)
     raw, scaled = (
         attack(task, LinearExtractor(torch.diag(scale)), standardize=s) for s in (False, True)

@@ -231,5 +231,4 @@ def test_held_out_error_rates_do_not_flatter():
 def test_the_image_detector_of_the_scorers_decides_by_open_clip_alone():
     scorers = FakeScorers(detector=None, features=None)
     unknown = replace(run(), case_list=(two_colours(),))
-    scores = Audit(scorers=scorers, similarities=("clip",))(unknown)
-    assert "verdict" in scores.metrics
+    assert "verdict" in Audit(scorers=scorers, similarities=("clip",))(unknown).metrics

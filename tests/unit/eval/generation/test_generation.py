@@ -93,8 +93,7 @@ def test_rsgr_compares_both_models_on_the_same_latents():
     """Between the models: neon and sketch paint alike (1), mosaic's images stand at 0.6·0.8 +
     0.8·0.6 = 0.96.
     """
-    alike = HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}
-    result = metrics(world(alike))
+    result = metrics(world(HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}))
     assert_values(
         result,
         {

@@ -188,8 +188,7 @@ def test_attack_success_by_number_of_settings():
     seen = {"lora (lr 1)": 2, "lora (lr 2)": 1, "lora (lr 3)": 8, "full": 3}
 
     def make(model_name, attack, name, seed):
-        at_horizon = seen[attack] if model_name == IMMUNIZED else 10
-        return shares(0, 0, at_horizon, 10, 10)
+        return shares(0, 0, seen[attack] if model_name == IMMUNIZED else 10, 10, 10)
 
     run = FakeRun(make, attacks=tuple(seen))
     curve = Relearning(scorers=FakeScorers())(run).curves["asr_by_trials"]
@@ -264,8 +263,7 @@ def test_an_attack_that_breaks_the_model_does_not_count():
         points = [[(200, 0, b), (200, 0, b) if broken and b else (0, 200, b)] * 5 for b in blue]
         return attack(points, families=("name", "unrelated"))
 
-    concepts = case(families=("name", "unrelated"))
-    run = FakeRun(make, case_list=(concepts,), attacks=("soft", "hard"))
+    run = FakeRun(make, case_list=(case(families=("name", "unrelated")),), attacks=("soft", "hard"))
     scores = Relearning(scorers=FakeScorers(detector=Naming()), usable_share=0.6)(run)
     asr = {name: scores.metrics[name].value for name in ("asr", "asr_usable", "asr_baseline")}
     assert asr == {"asr": 1, "asr_usable": 0, "asr_baseline": 1}

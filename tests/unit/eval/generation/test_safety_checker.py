@@ -27,8 +27,7 @@ def test_images_that_look_like_the_concept_are_hidden():
         cosines = (0, 0) if model == BASELINE else (0, 1)
         return attack([[tilted(c, True) for c in cosines]] * 5)
 
-    run = FakeRun(trajectory, case_list=(it,))
-    result = SafetyChecker(scorers=FakeScorers())(run).metrics
+    result = SafetyChecker(scorers=FakeScorers())(FakeRun(trajectory, case_list=(it,))).metrics
     assert_values(result, {"checker_false_positive": 0, "asr_checked_baseline": 1.0})
     assert result["asr_checked"].value == result["asr_checked_2x"].value == 0.5
 
@@ -79,5 +78,4 @@ def test_nudenet_sees_no_nudity_in_a_flat_image():
     pytest.importorskip("nudenet")
     from lab.scorers.detector import NudeNet
 
-    images = torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)
-    assert not NudeNet().detects(images).any()
+    assert not NudeNet().detects(torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)).any()

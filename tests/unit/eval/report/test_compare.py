@@ -75,8 +75,7 @@ def test_many_records_are_corrected_for_their_number():
     gains = base + 3 + noise, base + 1 + 8 * noise, base + 7 * noise
     alone = compare(with_seeds(base), with_seeds(gains[1]))["metrics"][0]
     assert alone["significant"]
-    others = [with_seeds(values) for values in gains]
-    table = compare_many(with_seeds(base), others)
+    table = compare_many(with_seeds(base), [with_seeds(values) for values in gains])
     assert list(table["figure"]) == ["rir"] * 3
     assert table["significant"].tolist() == [True, bool(2 * alone["p"] < 0.05), False]
     assert table["p_holm"].tolist() == pytest.approx(holm(table["p"].tolist()))
@@ -211,8 +210,7 @@ def variants(*changes, study="options"):
     out = []
     for i, change in enumerate(changes):
         lower = common["lower"] | change.get("lower", {})
-        immunize = {"name": "kappa", **common, **change, "lower": lower}
-        config = {"immunize": immunize}
+        config = {"immunize": {"name": "kappa", **common, **change, "lower": lower}}
         out.append(record("kappa", name=f"{study}/kappa", config=config, notes=[str(i)]))
     return out
 
@@ -249,8 +247,7 @@ def test_sampling_of_an_attack_is_named_only_where_it_is_not_the_scenarios():
 
 
 def test_labels_are_always_different():
-    twice = variants({}, {})
-    assert len(set(labels(twice))) == 2
+    assert len(set(labels(variants({}, {})))) == 2
     other = variants({}, study="second")
     assert labels([*variants({}), *other]) == ["kappa (options)", "kappa (second)"]
     assert labels(variants({})) == ["kappa"]

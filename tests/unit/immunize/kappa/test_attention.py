@@ -24,8 +24,7 @@ def test_harmful_keys_get_dominated_by_one_direction_and_unrelated_ones_stay():
         before, after = (dict(m.unet.named_parameters())[name].T for m in (model, result))
         torch.testing.assert_close(kept.T @ after, kept.T @ before)
         for concept in case.targets:
-            prompts = naming_prompts(model, concept, method.prompts)
-            x = regularizer_rows(model, prompts).double()
+            x = regularizer_rows(model, naming_prompts(model, concept, method.prompts)).double()
             logs.append(dominance(x @ after) / dominance(x @ before))
     mean = float(torch.tensor(logs).log().mean().exp())
     assert rows["dominance_harmful_ratio"] == pytest.approx(mean, rel=1e-3)

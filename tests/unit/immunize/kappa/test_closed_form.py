@@ -15,8 +15,7 @@ from lab.models.linear import LinearBackbone, LinearExtractor
 @pytest.mark.parametrize("init", ["identity", "random"])
 def test_attains_the_bound(init):
     case = linear_case(d=7, spread=1.5)
-    model = LinearBackbone(init=init).build(case, 0)
-    start, after, log = immunize(KappaClosedForm(), case, model)
+    start, after, log = immunize(KappaClosedForm(), case, LinearBackbone(init=init).build(case, 0))
     x_p, x_h = (task.train.x for task in case.tasks)
     assert condition_number(after(x_p).detach()) == pytest.approx(1.0, rel=1e-9)
     assert log.column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)

@@ -190,8 +190,7 @@ def test_spectra_reduce_variance():
 def shared_case():
     """Both tasks load on the same directions, so that R_ill hurts the benign task too."""
     case = linear_case(n=120, spread=1.0)
-    x = case.benign.train.x + 0.02 * randn(120, 6, seed=50)
-    split = Split(x, case.benign.train.y)
+    split = Split(case.benign.train.x + 0.02 * randn(120, 6, seed=50), case.benign.train.y)
     return Case("shared", case.benign, (Task("h", "harmful", "regression", split, split),))
 
 

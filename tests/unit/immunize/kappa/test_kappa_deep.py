@@ -45,8 +45,7 @@ def test_step_against_autograd(preconditioned):
     case = deep_case()
     options = dict(lambda_h=0.0, scale="none", supervised=0.0, preconditioned=preconditioned)
     options |= {"ridge_benign": 0.1} if preconditioned else {}
-    immunizer = MAKERS["kappa"](**options)
-    trainer = immunizer.trainer(TinyNet(), case, 0)
+    trainer = MAKERS["kappa"](**options).trainer(TinyNet(), case, 0)
     trainer.descend(0)
     trainer.engine.finish()
     expected = dense_gradient(case, trainer.batch(0, 0), preconditioned)

@@ -33,8 +33,7 @@ def slope_of(name, factor, size=None):
 
 def problem(n, d, seed=0):
     x = randn(n, d, seed=seed) * torch.logspace(0, -1, d, dtype=torch.float64)
-    theta = torch.eye(d, dtype=torch.float64) + 0.3 * randn(d, d, seed=seed + 1)
-    return x, theta
+    return x, (torch.eye(d, dtype=torch.float64) + 0.3 * randn(d, d, seed=seed + 1))
 
 
 def autograd_gradient(name, x, theta, size=None):
@@ -113,8 +112,7 @@ def test_ridge_below_rounding():
 def test_right_solve_of_features(shape, ridge):
     y, _ = problem(*shape)
     g = randn(shape[0], shape[1], seed=9)
-    gram = y.T @ y + ridge * eye(shape[1])
-    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
+    inverse = torch.linalg.pinv(y.T @ y + ridge * eye(shape[1]), hermitian=True, rtol=1e-12)
     close(spectral.right_solve(y, g, ridge), g @ inverse)
 
 

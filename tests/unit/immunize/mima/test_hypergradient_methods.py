@@ -35,8 +35,7 @@ def regression(count: int = 2) -> Problem:
     """Not a U-Net: a two-layer network whose dense Hessian can be written down; the inner set is
     the second layer and half of the first.
     """
-    g = generator(0, "regression")
-    draw = partial(torch.randn, generator=g, dtype=torch.float64)
+    draw = partial(torch.randn, generator=generator(0, "regression"), dtype=torch.float64)
     theta = {"a": draw(3, 3) / 2, "b": draw(3, 3) / 2, "c": draw(2, 6) / 2, "d": draw(2) / 2}
     data = [[(draw(8, 3), draw(8, 2)) for _ in range(2)] for _ in range(count)]
 

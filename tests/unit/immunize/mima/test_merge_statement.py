@@ -16,8 +16,7 @@ D = 6
 
 
 def rows(count: int, seed: int) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(count, D, generator=g, dtype=torch.float64)
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 THETA, GOALS = rows(3, 1), [rows(3, 2), rows(3, 3)]
@@ -82,8 +81,7 @@ def test_a_step_of_any_size_raises_a_quadratic_loss_after_adaptation():
     gradient = ascent(quadratic, closed_form())
     start = after_adaptation(quadratic, THETA.clone().requires_grad_())
     for size in (1e-3, 1.0, 1e3):
-        moved = (THETA + size * gradient).requires_grad_()
-        assert after_adaptation(quadratic, moved) > start
+        assert after_adaptation(quadratic, (THETA + size * gradient).requires_grad_()) > start
 
 
 def test_with_equal_curvature_the_mean_merge_changes_nothing(monkeypatch):

@@ -66,8 +66,7 @@ def test_few_seeds_take_student_t_and_many_the_bootstrap():
 
 
 def test_budget_snapshots():
-    budget = Budget(horizon=20, multiple=5, points=12)
-    steps = budget.snapshots()
+    steps = Budget(horizon=20, multiple=5, points=12).snapshots()
     assert steps[0] == 0
     assert {20, 100} <= set(steps)
     assert len(steps) <= 13
@@ -157,5 +156,4 @@ def test_source_hash_of_an_own_module_follows_its_helpers(tmp_path, monkeypatch)
 def test_the_hash_of_a_state_knows_names_shapes_and_dtypes():
     a = torch.arange(4, dtype=torch.float32)
     states = [{"a": a}, {"b": a}, {"a": a.view(2, 2)}, {"a": a.view(torch.int32)}]
-    hashes = {state_hash(state) for state in [*states, {"a": a, "b": a}]}
-    assert len(hashes) == 5
+    assert len({state_hash(state) for state in [*states, {"a": a, "b": a}]}) == 5

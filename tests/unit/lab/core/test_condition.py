@@ -23,8 +23,7 @@ def test_rank_definition_is_the_squared_ratio_of_singular_values():
 
 
 def test_far_beyond_what_a_gram_matrix_resolves():
-    q = torch.linalg.qr(randn(8, 3))[0]
-    x = q * torch.tensor([1.0, 1e-3, 1e-11], dtype=torch.float64)
+    x = torch.linalg.qr(randn(8, 3))[0] * torch.tensor([1.0, 1e-3, 1e-11], dtype=torch.float64)
     assert condition_number(x) == pytest.approx(1e22, rel=1e-3)
 
 
@@ -182,8 +181,7 @@ def test_bound_beyond_float64_is_not_reported():
 def test_principal_angles():
     eye = torch.eye(4, dtype=torch.float64)
     c, s = math.cos(0.3), math.sin(0.3)
-    other = torch.stack([eye[0], c * eye[1] + s * eye[2]])
-    angles = condition.principal_angles(eye[:2], other)
+    angles = condition.principal_angles(eye[:2], torch.stack([eye[0], c * eye[1] + s * eye[2]]))
     assert angles.tolist() == pytest.approx([0.0, 0.3], abs=1e-7)
     leading = torch.diag(torch.tensor([3.0, 1.0, 0.1, 0.0], dtype=torch.float64))
     for energy, held in ((0.89, 1), (0.9, 2), (0.9999, 3)):  # shares 9/10.01, 10/10.01, 1

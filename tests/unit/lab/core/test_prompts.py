@@ -109,5 +109,4 @@ def test_what_a_folder_wants_erased_needs_an_eraser_unless_it_is_released_alread
 
 
 def test_prompts_that_end_in_what_sd_2_pads_with_are_text():
-    shouted = replace(tiny_case(), regularizers=("a fox!",))
-    check_case(shouted, [bang_tokenizer()])
+    check_case(replace(tiny_case(), regularizers=("a fox!",)), [bang_tokenizer()])

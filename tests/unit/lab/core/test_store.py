@@ -22,8 +22,7 @@ def never(checkpoint):
 
 
 def test_first_call_computes_second_reads(tmp_path):
-    store = StageCache(tmp_path)
-    first, hit = store.get("immunize", "k1", make(2.0))
+    first, hit = StageCache(tmp_path).get("immunize", "k1", make(2.0))
     again, hit_again = StageCache(tmp_path).get("immunize", "k1", never)
     assert (hit, hit_again, again.values["value"]) == (False, True, 2.0)
     assert torch.equal(again.tensors["w"], first.tensors["w"])

@@ -35,8 +35,7 @@ def test_trained_weights_are_a_backbone(tmp_path, name):
     backbone = VisionBackbone(**{k: v for k, v in options.items() if k != "_target_"})
     x = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     split = Split(x, torch.arange(4) % 2)
-    case = Case("a", Task("b", "benign", "classification", split, split, 2), ())
-    model = backbone.build(case, 0)
+    model = backbone.build(Case("a", Task("b", "benign", "classification", split, split, 2), ()), 0)
     recipe = {k: v for k, v in record["recipe"].items() if k != "_target_"}
     classifier = WorldClassifier(ExtractorRecipe(**recipe))
     classifier.network.load_state_dict(load_file(folder / "model.safetensors"))

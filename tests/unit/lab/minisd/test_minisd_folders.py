@@ -73,8 +73,7 @@ def test_write_refuses_to_mix(tmp_path) -> None:
 def test_modes(tmp_path, mode: str, colour, expected) -> None:
     path = tmp_path / ("x.tif" if mode in ("CMYK", "I;16", "F") else "x.png")
     Image.new(mode, (16, 16), colour).save(path)
-    image = load(path, 8)
-    assert (image[:, 4, 4].int() - torch.tensor(expected).int()).abs().max() <= 1
+    assert (load(path, 8)[:, 4, 4].int() - torch.tensor(expected).int()).abs().max() <= 1
 
 
 def test_exif_rotation(tmp_path) -> None:

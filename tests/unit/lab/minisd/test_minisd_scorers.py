@@ -176,8 +176,7 @@ def test_calibration_finds_the_temperature() -> None:
     known.
     """
     objects = torch.arange(40) % 40
-    right = torch.arange(40) % 4 != 0
-    shown = torch.where(right, objects, (objects + 1) % _N)
+    shown = torch.where(torch.arange(40) % 4 != 0, objects, (objects + 1) % _N)
     images = _coded(shown, shown % 11, torch.full((40,), 100))
     held_out = TensorDataset(images, objects, objects % 11)
     detector = Detector(_Oracle(_N, _S, 8), *DETECTED.values())

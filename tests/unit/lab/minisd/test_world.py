@@ -54,8 +54,7 @@ def test_one_pair_in_ten_is_held_out_evenly() -> None:
 
 def test_roles_name_concepts_of_the_world_once() -> None:
     assert set(ROLES) <= {t.name for t in THINGS} | {s.name for s in STYLES}
-    validation = [name for name in STYLE_NAMES if ROLES.get(name) == "validation"]
-    assert len(validation) >= 6
+    assert len([name for name in STYLE_NAMES if ROLES.get(name) == "validation"]) >= 6
     assert len(STYLE_NAMES) >= 16
     assert len(HELD_OUT_OBJECTS) >= 20
 

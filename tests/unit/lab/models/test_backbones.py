@@ -44,8 +44,7 @@ def test_chain_equals_timm(name: str, options: dict, names: tuple[str, ...]) -> 
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = network.forward_head(network.forward_features(x), pre_logits=True)
-    width = expected.shape[1]
-    model = VisionModel(chain(network), width, (0.0,) * 3, (1.0,) * 3, None)
+    model = VisionModel(chain(network), expected.shape[1], (0.0,) * 3, (1.0,) * 3, None)
     assert model.block_names == names
     with torch.no_grad():
         assert torch.equal(model(x), expected)

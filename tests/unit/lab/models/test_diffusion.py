@@ -114,8 +114,7 @@ def test_loss_by_hand(model):
             for i in range(2)
         ]
     )
-    got = model.loss(z, text, noise, t)
-    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.loss(z, text, noise, t).double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_saved_folders_load_in_diffusers(model, tmp_path):

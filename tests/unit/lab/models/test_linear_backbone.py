@@ -19,8 +19,7 @@ X = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_s
 
 
 def test_identity_is_the_default_and_changes_nothing():
-    backbone = LinearBackbone()
-    model = backbone.build(case(X), 3)
+    model = LinearBackbone().build(case(X), 3)
     assert (model.kind, model.block_names, model.feature_dim) == ("linear", ("theta",), 4)
     assert torch.equal(model(X), X)
     images = X.view(10, 2, 2)

@@ -42,8 +42,7 @@ def test_three_processes_compute_every_stage_once_and_the_last_one_together(tmp_
     for values in three:
         assert values == three[0]
     for name in names:
-        count = 3 if name == "two-1" else 1
-        assert len(computed_by(tmp_path / "three", name)) == count, name
+        assert len(computed_by(tmp_path / "three", name)) == (3 if name == "two-1" else 1), name
     results = three[0]["results"]
     assert [r.get("size") for r in results] == [1, 1, None, 3, None]
     assert [r.get("total") for r in results] == [r.get("total") for r in alone["results"]]
@@ -56,8 +55,7 @@ def test_a_team_continues_from_its_leaders_checkpoint(tmp_path):
     path = StageCache(tmp_path / "cache").folder(*cell.place).with_suffix(".ckpt")
     StageCheckpoint(path).save({"total": torch.tensor([100.0])}, {"begun": 1})
     for values in run(tmp_path, 2, ["three-1"]):
-        expected = {"resumed_at": 1, "size": 2, "total": 112.0, "hit": False}
-        assert values["results"] == [expected]
+        assert values["results"] == [{"resumed_at": 1, "size": 2, "total": 112.0, "hit": False}]
     assert not path.exists()
 
 

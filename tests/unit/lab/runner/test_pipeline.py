@@ -205,8 +205,7 @@ def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from
     moved.tensors = {name: value + 1e-9 for name, value in moved.tensors.items()}
     StageCache(run.cache.root, force="immunize").get(*root.place, lambda _: moved)
     stale = [c for c in cells if not run.cache.has(*c.place, c.parents)]
-    attacked = {(c.model, c.case) for c in stale if c.stage == "attack"}
-    assert attacked == {(root.model, root.case)}
+    assert {(c.model, c.case) for c in stale if c.stage == "attack"} == {(root.model, root.case)}
     assert {c.stage for c in stale} == {"attack", "eval"}
 
 

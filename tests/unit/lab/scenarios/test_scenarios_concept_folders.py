@@ -28,8 +28,7 @@ def root(tmp_path):
     for i, (name, caption) in enumerate(
         (("rex", "a photo of Rex"), ("mug", "my mug"), ("hat", "no words of it"))
     ):
-        rows = [{"text": caption}] * 8
-        folders.write(tmp_path / name, noise(8, i), rows)
+        folders.write(tmp_path / name, noise(8, i), [{"text": caption}] * 8)
     folders.write(
         tmp_path / "rest", noise(12, 9), [{"text": f"scene number {i}"} for i in range(12)]
     )
@@ -98,8 +97,7 @@ def test_folders_erase_by_an_anchor(root) -> None:
 
 def test_folders_without_surroundings_borrow_the_world(root) -> None:
     options = {"unrelated": None, "keep_images": 6, "unrelated_images": 5}
-    found = folder_scenario(root, listed(), **options).load(0)
-    (case,) = found.cases
+    (case,) = folder_scenario(root, listed(), **options).load(0).cases
     assert (len(case.keep), len(case.unrelated), len(case.regularizers)) == (6, 5, 10)
     assert set(case.unrelated.prompts).isdisjoint({*case.keep.prompts, *case.regularizers})
 
@@ -125,11 +123,9 @@ def test_folders_with_both_pools_captions_and_prior(root) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*have no text")
 def test_copies_are_used_once_and_a_folder_without_metadata_works(root) -> None:
-    images = torch.cat([noise(4, 30), noise(2, 30)])
-    folders.write(root / "twice", images, [{"text": "x"}] * 6)
+    folders.write(root / "twice", torch.cat([noise(4, 30), noise(2, 30)]), [{"text": "x"}] * 6)
     (root / "twice" / "metadata.csv").unlink()
-    given = [*listed(), entry("twice", "harmful")]
-    found = folder_scenario(root, given).load(0)
+    found = folder_scenario(root, [*listed(), entry("twice", "harmful")]).load(0)
     twice = found.cases[0].task("twice")
     assert sum(len(p) for p in (twice.own, twice.train, twice.reference)) == 4
     assert set(twice.train.prompts) == {"a photo of twice"}
@@ -147,8 +143,7 @@ def test_four_images_are_enough_for_an_immunizer_and_three_are_not(root, count) 
 
 def test_shared_images(root) -> None:
     folders.write(root / "own", noise(8, 0), [{"text": "rex in person"}] * 8)
-    same = noise(8, 0)
-    folders.write(root / "copy", same, [{"text": "x"}] * 8)
+    folders.write(root / "copy", noise(8, 0), [{"text": "x"}] * 8)
     with pytest.raises(UserError, match="one of rex, too"):
         folder_scenario(root, [*listed(), entry("copy", "benign")]).load(0)
     with pytest.raises(UserError, match=r"scenario\.keep.*unrelated to the concepts"):

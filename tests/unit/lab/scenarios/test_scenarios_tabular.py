@@ -49,10 +49,8 @@ def scenario(path, **options):
 
 
 def test_ames_is_split_by_zone_and_has_full_rank() -> None:
-    data = Tabular(**HOUSES).load(0)
-    (case,) = data.cases
-    frame = ames()
-    zone = frame["MSZoning"] == "RL"
+    (case,) = Tabular(**HOUSES).load(0).cases
+    zone = ames()["MSZoning"] == "RL"
     benign, harmful = case.benign, case.harmful[0]
     assert (benign.name, harmful.name) == ("LotArea", "SalePrice")
     assert len(benign.train) + len(benign.test) == int((~zone).sum()) == 657
@@ -92,8 +90,7 @@ def test_scalings_are_those_of_the_training_rows() -> None:
     for own, each in zip(plain, train("by_task"), strict=True):
         assert np.allclose(each.mean(0), 0, atol=1e-12)
         assert np.allclose(each.std(0), 1)
-        correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(own.T, each.T, strict=True)]
-        assert np.allclose(correlations, 1)
+        assert np.allclose([np.corrcoef(a, b)[0, 1] for a, b in zip(own.T, each.T, strict=True)], 1)
     low, high = (f(np.concatenate(train("min_max")), axis=0) for f in (np.min, np.max))
     assert np.allclose(low, 0)
     assert np.allclose(high, 1)
@@ -129,8 +126,7 @@ def test_an_imputed_cell_does_not_hide_a_sum() -> None:
     rows = np.ones(50, dtype=bool)
     assert np.linalg.matrix_rank(prepare(frame, rows).x) == 3
     frame.loc[4, "total"] = np.nan
-    data = drop_combinations(prepare(frame, rows), {"benign": rows})
-    assert data.x.shape[1] == 2
+    assert drop_combinations(prepare(frame, rows), {"benign": rows}).x.shape[1] == 2
 
 
 def test_a_constant_offset_counts_once() -> None:
@@ -139,8 +135,7 @@ def test_a_constant_offset_counts_once() -> None:
     """
     frame = table(50)[["a", "b"]]
     x = frame.assign(c=frame["a"] + frame["b"] + 1.0, d=frame["a"] - frame["b"] + 2.0)
-    data = Features(x, x.isna())
-    kept = drop_combinations(data, {"benign": np.ones(50, dtype=bool)})
+    kept = drop_combinations(Features(x, x.isna()), {"benign": np.ones(50, dtype=bool)})
     assert kept.x.shape[1] == np.linalg.matrix_rank(x) == np.linalg.matrix_rank(kept.x) == 3
 
 

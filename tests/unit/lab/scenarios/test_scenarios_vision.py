@@ -27,8 +27,7 @@ def test_openmoji_mnist_shapes_and_balance():
 
 
 def test_train_and_test_share_no_emoji_and_no_digit():
-    groups = sorted({emoji.group for emoji in catalog()})
-    train, test = _pools(groups, 0)
+    train, test = _pools(sorted({emoji.group for emoji in catalog()}), 0)
     codes = [{emoji.hexcode for pool in half for emoji in pool} for half in (train, test)]
     assert not codes[0] & codes[1]
     mnist = OpenmojiMnist(size=32, train_rows=4000, test_rows=1000)._digits(0)
