@@ -21,7 +21,7 @@ from lab.release.verify import same_weights
 def _chain():
     first, last = (
         replace(build("immunize", name, "diffusion"), checkpoint_every=1)
-        for name in ("mima", "mima_deep")
+        for name in ("mima_first_order", "mima_deep")
     )
     return Chain(methods={"first": first, "noise": WeightNoise(), "last": last})
 

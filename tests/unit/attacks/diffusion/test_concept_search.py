@@ -77,10 +77,11 @@ def test_the_split_is_a_partition_of_the_training_images():
     assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
 
 
-def test_a_killed_search_continues():
-    whole = unbroken()
-    for fail_at in (2, 5):  # in the search, in the run after it
-        assert_equal(interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at), whole)
+@pytest.mark.parametrize("fail_at", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_search_continues(fail_at):
+    """In the search, and in the run after it."""
+    again = interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at)
+    assert_equal(again, unbroken())
 
 
 def test_trials_that_diverge_lose_and_where_all_do_the_options_stay():

@@ -5,32 +5,35 @@ import pytest
 from eval.stats.verdict_rule import Check, verdict_result
 from lab.core.types import Score
 
-
-def test_a_lower_limit_never_passes_an_upper_bound():
-    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", bound="lower")
-    assert Check("benign", "x", limit, "≤", 1.25).result == "inconclusive"
-    assert Check("benign", "x", limit, "≤", 1.05).result == "fails"
-    assert Check("harmful", "x", limit, "≥", 1.0).passed
-    assert Check("harmful", "x", limit, "≥", 1.2).result == "inconclusive"
-    upper = Score(1.1, bound="upper")
-    assert Check("harmful", "x", upper, "≥", 1.0).result == "inconclusive"
-    assert Check("benign", "x", upper, "≤", 1.25).passed
+LIMIT = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", bound="lower")
+UPPER = Score(1.1, bound="upper")
 
 
-def test_msgr_needs_its_whole_interval():
-    touching = Score(0.2, -0.01, 0.4, 3, "higher", "across_seeds")
-    assert not Check("harmful", "x", touching, "low >", 0.0).passed
-    clear = Score(0.2, 0.01, 0.4, 3, "higher", "across_seeds")
-    assert Check("harmful", "x", clear, "low >", 0.0).passed
-    assert Check("harmful", "x", clear, "low >", 0.0).significant
-    within = Score(0.2, 0.01, 0.4, 1, "higher", "within_seed")
-    assert not Check("harmful", "x", within, "low >", 0.0).significant
+@pytest.mark.parametrize(
+    ("score", "rule", "threshold", "missing", "result"),
+    [
+        (LIMIT, "≤", 1.25, 0, "inconclusive"),
+        (LIMIT, "≤", 1.05, 0, "fails"),
+        (LIMIT, "≥", 1.0, 0, "passes"),
+        (LIMIT, "≥", 1.2, 0, "inconclusive"),
+        (UPPER, "≥", 1.0, 0, "inconclusive"),
+        (UPPER, "≤", 1.25, 0, "passes"),
+        (Score(0.2, -0.01, 0.4, 3, "higher", "across_seeds"), "low >", 0.0, 0, "fails"),
+        (Score(0.2, 0.01, 0.4, 3, "higher", "across_seeds"), "low >", 0.0, 0, "passes"),
+        (Score(3.0), "≥", 2.0, 0, "passes"),
+        (Score(3.0), "≥", 2.0, 1, "inconclusive"),
+        (Score(None), "≥", 2.0, 0, "inconclusive"),
+    ],
+)
+def test_limits_intervals_and_gaps_decide_what_passes(score, rule, threshold, missing, result):
+    check = Check("harmful", "x", score, rule, threshold, missing=missing)
+    assert (check.result, check.passed) == (result, result == "passes")
 
 
-def test_what_was_not_measured_everywhere_does_not_pass():
-    assert Check("harmful", "x", Score(3.0), "≥", 2.0).passed
-    assert not Check("harmful", "x", Score(3.0), "≥", 2.0, missing=1).passed
-    assert not Check("harmful", "x", Score(None), "≥", 2.0).passed
+@pytest.mark.parametrize(("n", "interval"), [(3, "across_seeds"), (1, "within_seed")])
+def test_only_an_interval_across_seeds_is_significant(n, interval):
+    check = Check("harmful", "x", Score(0.2, 0.01, 0.4, n, "higher", interval), "low >", 0.0)
+    assert check.significant == (n == 3)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +66,12 @@ def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_neede
     accurate = Check("harmful", "accuracy", Score(0.5), "≥", 0.1, alternative="accuracy")
     benign, damaged = (Check("benign", "steps", Score(v), "≤", 1.1) for v in (1.0, 2.0))
     unknown = Check("harmful", "steps", Score(None), "≥", 2.0)
-    assert verdict_result([slow, benign]) == "passes"
-    assert verdict_result([slow, fast, benign]) == "fails"
-    assert verdict_result([slow, fast, accurate, benign]) == "passes"
-    assert verdict_result([slow, benign, damaged]) == "fails"
-    assert verdict_result([unknown, benign]) == "inconclusive"
-    assert verdict_result([unknown, fast, benign]) == "fails"
+    for checks, result in (
+        ([slow, benign], "passes"),
+        ([slow, fast, benign], "fails"),
+        ([slow, fast, accurate, benign], "passes"),
+        ([slow, benign, damaged], "fails"),
+        ([unknown, benign], "inconclusive"),
+        ([unknown, fast, benign], "fails"),
+    ):
+        assert verdict_result(checks) == result, checks

@@ -26,7 +26,9 @@ def composed_training(folder, name, *more):
     return composed("experiment=train_extractor", f"train={name}", *SMALL, *paths, *more)
 
 
-@pytest.mark.parametrize("name", ["resnet18_world", "vit_small_world"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("resnet18_world", marks=pytest.mark.slow), "vit_small_world"]
+)
 def test_trained_weights_are_a_backbone(tmp_path, name):
     folder = train(composed_training(tmp_path, name))
     record = json.loads((folder / "training.json").read_text())

@@ -42,7 +42,7 @@ from lab.minisd.world.world import TRAINING
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import Detector, DetectorNetwork, load_detector
 
-STEPS = Schedule(steps=25, batch=16, lr=3e-3, warmup=2)
+STEPS = Schedule(steps=5, batch=16, lr=3e-3, warmup=2)
 TINY = ClipWidths(embed=16, image=4, text=32, layers=1)
 
 

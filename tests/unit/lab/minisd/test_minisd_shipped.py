@@ -74,12 +74,15 @@ def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -
     found = json.loads((SHIPPED / "quality.json").read_text())
     shares = found["shares"]
     seen = {name: part["detector"] for name, part in shares.items()}
-    assert seen["photos"]["object"] >= 0.97
+    for suite, head, least in (
+        ("photos", "object", 0.97),
+        ("styles", "style", 0.95),
+        ("styles", "both", 0.92),
+        ("described", "style", 0.95),
+        ("unseen_pairs", "object", 0.90),
+    ):
+        assert seen[suite][head] >= least, suite
     assert shares["photos"]["lowest"]["object"]["share"] >= 0.8
-    assert seen["styles"]["style"] >= 0.95
-    assert seen["styles"]["both"] >= 0.92
-    assert seen["described"]["style"] >= 0.95
-    assert seen["unseen_pairs"]["object"] >= 0.90
     for suite, head in (("photos", "object"), ("styles", "style"), ("styles", "both")):
         assert abs(seen[suite][head] - shares[suite]["clip"][head]) <= 0.10
     destroyed = found["destroyed"]

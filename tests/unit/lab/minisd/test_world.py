@@ -136,6 +136,4 @@ def test_every_artist_stays_in_range() -> None:
             for style in STYLES:
                 out = style.paint(rgb, mask, Dice(0, style.name))
                 assert out.shape == (64, 64, 3)
-                assert np.isfinite(out).all(), style.name
-                assert out.min() >= -1e-5, style.name
-                assert out.max() <= 1 + 1e-5, style.name
+                assert -1e-5 <= out.min() <= out.max() <= 1 + 1e-5, style.name  # nor nan

@@ -142,16 +142,19 @@ def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
 
 
 def test_positions_are_aligned_at_the_end_token_and_in_the_padding():
-    #    prompt  S a b C d E p p    anchor  S x y E p p p p      (start 3, ends 5 and 3)
-    assert aligned(3, 5, 3, 8) == [1, 2, 3, 6, 7]
-    #    anchor  S x y z u v E p: its words reach into the prompt's padding
-    assert aligned(3, 5, 6, 8) == [4, 5, 6, 7, 7]
-    #    equal lengths
-    assert aligned(2, 4, 4, 8) == list(range(2, 8))
-    #    a short anchor has no row for every word: its first word stands in
-    assert aligned(1, 6, 2, 8) == [1, 1, 1, 1, 1, 2, 7]
-    #    anchor fills the context: its end token stands in for padding
-    assert aligned(2, 3, 7, 8) == [6, 7, 7, 7, 7, 7]
+    for places, rows_of_anchor in {
+        # prompt  S a b C d E p p    anchor  S x y E p p p p      (start 3, ends 5 and 3)
+        (3, 5, 3): [1, 2, 3, 6, 7],
+        # anchor  S x y z u v E p: its words reach into the prompt's padding
+        (3, 5, 6): [4, 5, 6, 7, 7],
+        # equal lengths
+        (2, 4, 4): [2, 3, 4, 5, 6, 7],
+        # a short anchor has no row for every word: its first word stands in
+        (1, 6, 2): [1, 1, 1, 1, 1, 2, 7],
+        # anchor fills the context: its end token stands in for padding
+        (2, 3, 7): [6, 7, 7, 7, 7, 7],
+    }.items():
+        assert aligned(*places, 8) == rows_of_anchor
 
 
 def test_rows_run_from_the_first_word_to_the_end_of_the_context(model):
