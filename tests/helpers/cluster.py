@@ -12,6 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 CONFIG = """\
 ClusterName=test
@@ -49,8 +50,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 
 def missing() -> str | None:
     """Why no Slurm can be started here, or None."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
-    absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     return (
         f"{', '.join(absent)} not found: install the packages slurm-wlm and munge"
         if absent
@@ -87,8 +87,7 @@ class Cluster:
 
     def __init__(self, folder: Path, cpus: int = 2) -> None:
         self.folder = folder
-        path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
         self._daemons: list[subprocess.Popen[bytes]] = []
         for name in ("state", "spool", "log"):
             (folder / name).mkdir(parents=True)

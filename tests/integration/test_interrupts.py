@@ -21,12 +21,6 @@ class Collected:
             time.sleep(0)
 
 
-def wait():
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(number):
     went_on = []
@@ -36,7 +30,9 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(number):
             one = Collected(number)
             del one
             went_on.append(True)
-            wait()
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
 
     with pytest.raises(KeyboardInterrupt):
         work()

@@ -78,34 +78,23 @@ fail_slurm_job(7)
 """
 
 
-def job_ends(first, job=True, executor="slurm"):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SUBMITIT", "SLURM"))} | {
-        "PYTHONPATH": str(ROOT)
-    }
-    env |= {"SUBMITIT_EXECUTOR": executor} if executor else {}
-    code = JOB.format(first=first, job=job)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
-    )
-    return done.returncode, done.stdout.splitlines(), done.stderr
-
-
 @pytest.mark.parametrize(
-    ("given", "code", "words"),
+    ("first", "executor", "job", "code", "words"),
     [
-        ({"first": "SIGUSR1"}, 255, ["requeued"]),
-        ({"first": "SIGUSR2", "executor": "local"}, 255, ["requeued"]),
-        ({"first": "SIGTERM"}, 130, []),  # cancelled or preempted: Slurm knows which
-        ({"first": "SIGTERM", "executor": None}, 0, ["record of SIGTERM", "in order"]),
-        (
-            {"first": "SIGUSR1", "job": False},
-            7,
-            ["record of SIGUSR1", "in order"],
-        ),  # a process that a job has started
+        ("SIGUSR1", "slurm", True, 255, ["requeued"]),
+        ("SIGUSR2", "local", True, 255, ["requeued"]),
+        ("SIGTERM", "slurm", True, 130, []),  # cancelled or preempted: Slurm knows which
+        ("SIGTERM", None, True, 0, ["record of SIGTERM", "in order"]),
+        # a process that a job has started
+        ("SIGUSR1", "slurm", False, 7, ["record of SIGUSR1", "in order"]),
     ],
 )
-def test_signals_of_a_batch_system(given, code, words):
-    assert job_ends(**given) == (code, words, "")
+def test_signals_of_a_batch_system(first, executor, job, code, words):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SUBMITIT", "SLURM"))}
+    env |= {"PYTHONPATH": str(ROOT)} | ({"SUBMITIT_EXECUTOR": executor} if executor else {})
+    command = [sys.executable, "-c", JOB.format(first=first, job=job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (code, words, "")
 
 
 def folder(place, process=None, action="run"):

@@ -109,10 +109,12 @@ def closure(names):
 
 
 def sh(*command, cwd, **env):
+    outside = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    env |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=clean_environment() | env,
+        env={k: v for k, v in os.environ.items() if k not in outside} | env,
         capture_output=True,
         text=True,
         timeout=3600,
@@ -120,13 +122,6 @@ def sh(*command, cwd, **env):
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
-
-
-def clean_environment():
-    kept = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
-    return kept | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def build(kind, source, out):

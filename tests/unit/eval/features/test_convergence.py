@@ -52,19 +52,11 @@ def test_divergence_is_said_and_is_no_protection() -> None:
     assert metrics["slowdown_benign_probe"].value == pytest.approx(5)
 
 
-def exact(noise: float, optimum: float | None = 2.0) -> Trajectory:
-    """An attacker that reaches the optimum in one step and then sits on rounding noise."""
-    values = {
-        "norm_ratio": [1.0] + [noise] * (len(STEPS) - 1),
-        "excess_loss": [1.0] + [noise] * (len(STEPS) - 1),
-    }
-    values["train_loss"] = [3.0] + [2.0 + 1e4 * noise] * (len(STEPS) - 1)
-    values["test_loss"] = values["train_loss"]
-    return Trajectory(list(STEPS), values, info={} if optimum is None else {"optimum": optimum})
-
-
 def test_targets_have_floors_by_hand() -> None:
-    result = exact(1e-20)
+    # an attacker that reaches the optimum in one step and then sits on rounding noise
+    noise = [1e-20] * (len(STEPS) - 1)
+    values = {"norm_ratio": [1.0, *noise], "train_loss": [3.0, *(2 + 1e4 * n for n in noise)]}
+    result = Trajectory(list(STEPS), values, info={"optimum": 2.0})
     assert target_of(result, "norm_ratio", 20) == 1e-12
     assert target_of(result, "train_loss", 20) == pytest.approx(2 + 1e-9, abs=1e-12)
     tuned = Trajectory([0, 20], {"train_loss": [3.0, 1.0], "test_accuracy": [0.1, 0.8]})

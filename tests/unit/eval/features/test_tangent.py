@@ -14,15 +14,11 @@ from lab.core.types import BASELINE, IMMUNIZED
 HEAD = torch.randn(4, 2, generator=generator(0, "head"), dtype=torch.float64)
 
 
-def two_layers() -> DeepModel:
-    torch.manual_seed(0)
-    blocks = [("first", nn.Sequential(nn.Linear(4, 5), nn.Tanh())), ("second", nn.Linear(5, 4))]
-    return DeepModel(blocks, 4).double()
-
-
 @pytest.mark.parametrize("blocks", [None, 1])
 def test_two_layers_against_the_explicit_jacobian(blocks: int | None) -> None:
-    model, x = two_layers(), random_data(0, rows=6)
+    torch.manual_seed(0)
+    two = [("first", nn.Sequential(nn.Linear(4, 5), nn.Tanh())), ("second", nn.Linear(5, 4))]
+    model, x = DeepModel(two, 4).double(), random_data(0, rows=6)
     moving = {k: v for k, v in model.named_parameters() if blocks is None or "blocks.1" in k}
 
     def outputs(weights: dict, head: torch.Tensor) -> torch.Tensor:

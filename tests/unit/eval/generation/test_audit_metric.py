@@ -144,12 +144,8 @@ def test_a_threshold_moves_the_step():
 # ---- a detector from the concept's own images
 
 
-def plain_images(*values):
-    return CaptionedImages(colours(*values), tuple("p" for _ in values))
-
-
 def coloured(name, role, colour):
-    shown = plain_images(colour, colour)
+    shown = CaptionedImages(colours(colour, colour), ("p", "p"))
     return replace(concept(name, role), train=shown, own=shown, reference=shown)
 
 

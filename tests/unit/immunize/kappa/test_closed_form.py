@@ -53,16 +53,12 @@ def test_two_tasks_that_are_alike_cannot_be_told_apart():
         immunize(KappaClosedForm(benign_condition=1.0), same)
 
 
-def singular(case):
-    """Column 3 of the benign data is a copy of column 0."""
+def test_singular_benign_data_use_the_range_variant():
+    case = linear_case(d=6)
     x = case.benign.train.x.clone()
     x[:, 3] = x[:, 0]
     split = Split(x, case.benign.train.y)
-    return Case(case.name, Task("b", "benign", "regression", split, split), case.harmful)
-
-
-def test_singular_benign_data_use_the_range_variant():
-    case = singular(linear_case(d=6))
+    case = Case(case.name, Task("b", "benign", "regression", split, split), case.harmful)
     _, after, log = immunize(KappaClosedForm(), case)
     x_p, x_h = (task.train.x for task in case.tasks)
     basis, _ = range_basis(x_p)

@@ -14,10 +14,6 @@ from lab.core.data import Case, Split, Task
 STEPS = 1000
 
 
-def data():
-    return randn(40, 6) * torch.logspace(0, -1, 6, dtype=torch.float64)
-
-
 def well_limit(sigma):
     """σ_1 ↦ σ_1(1 − 2ησ_1(1 − 1/p))² may not fall below σ_2 ↦ σ_2(1 + 2ησ_2/p)²: the order must
     survive.
@@ -39,7 +35,7 @@ def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
     """`Kappa` as a user runs it: full batch, 1,000 plain steps at an η below the limit of the first
     step.
     """
-    x = data()
+    x = randn(40, 6) * torch.logspace(0, -1, 6, dtype=torch.float64)
     sigma = spectral.thin_factor(x).sigma
     ratio = float(sigma[-1] / sigma[0])
     lr = (
