@@ -7,27 +7,15 @@ from functools import cache
 import pytest
 import test_contracts as features
 import tiny
-import torch
 from presets import build, param, problem
 
 from lab.core.types import Budget
 
 
-def check(attack, model, task, budget):
-    """The attack leaves ``model`` alone; returns its trajectory."""
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = attack(model, task, seed=0, budget=budget, checkpoint=None)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), attack.name
-    assert found.steps[0] == 0, attack.name
-    assert all(len(values) == len(found.steps) for values in found.values.values()), attack.name
-    assert found.status in ("ok", "diverged"), attack.name
-    return found
-
-
 def attack_features(attacker, kind, model):
     task = features.attacked_problem(attacker, kind)[1].harmful[0]
     budget = Budget(horizon=2, multiple=1, points=3)
-    return check(build("attacks", attacker, kind), model, task, budget).values
+    return features.launch(build("attacks", attacker, kind), model, task, budget).values
 
 
 @cache

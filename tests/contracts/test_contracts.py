@@ -63,6 +63,17 @@ def attacked_problem(name, kind):
     return problem(kind, labelled=name == "probe_logistic")
 
 
+def launch(attack, model, task, budget, seed=0):
+    """The trajectory of an attack that leaves ``model`` alone."""
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = attack(model, task, seed=seed, budget=budget, checkpoint=None)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), attack.name
+    assert found.steps[0] == 0, attack.name
+    assert all(len(values) == len(found.steps) for values in found.values.values()), attack.name
+    assert found.status in ("ok", "diverged"), attack.name
+    return found
+
+
 def run_attack(name, kind):
     """(attack, trajectory, the copies that it trained)."""
     model, case = attacked_problem(name, kind)
@@ -72,12 +83,7 @@ def run_attack(name, kind):
         opens := getattr(attack, "open", None)
     ) is not None:  # a probe trains no copy: its features stay
         attack.open = lambda net, seed: (copies.append(net), opens(net, seed))[1]
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = attack(model, case.harmful[0], seed=0, budget=BUDGET, checkpoint=None)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
-        "the input model was changed"
-    )
-    return attack, found, copies
+    return attack, launch(attack, model, case.harmful[0], BUDGET), copies
 
 
 attacked = cache(run_attack)  # what tests only read
@@ -140,13 +146,11 @@ class TestAttacker:
         attack, found, _ = attacked(name, kind)
         assert isinstance(attack, Attacker)
         assert attack.name == name
-        assert found.steps[0] == 0
         assert found.steps == sorted(set(found.steps))
         if found.status == "ok":
             assert found.steps[-1] == BUDGET.steps
             assert BUDGET.horizon in found.steps
         assert {"train_loss", "test_loss"} <= set(found.values)
-        assert all(len(v) == len(found.steps) for v in found.values.values())
         assert ("test_accuracy" in found.values) == (kind == "deep" or name == "probe_logistic")
         assert found.weights
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from hydra.utils import instantiate
 from presets import build, composed, kinds, param, presets, repetitions
-from test_contracts import check_round_trip, moved
+from test_contracts import check_round_trip, launch, moved
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from lab.core.data import Sampling
@@ -36,7 +36,13 @@ def immunized(name):
     )
 
 
-@pytest.mark.parametrize("name", [param("immunize", n) for n in choices("immunize")])
+IMMUNIZERS = [n for n in choices("immunize") if n != "clamp"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(param("immunize", n) for n in IMMUNIZERS), pytest.param("clamp", marks=pytest.mark.slow)],
+)
 def test_immunizer(name, case):
     method = build("immunize", name, "diffusion")
     assert isinstance(method, Immunizer)
@@ -55,15 +61,10 @@ def test_immunizer(name, case):
 
 def attacked(name, model, task):
     """The trajectory of an attack that leaves ``model`` alone."""
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = build("attacks", name, "diffusion")(model, task, seed=5, budget=BUDGET, checkpoint=None)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
-        "the input model was changed"
-    )
+    found = launch(build("attacks", name, "diffusion"), model, task, BUDGET, seed=5)
     assert found.status == "ok", name
     assert found.steps == [0, 1, 2], name
     assert {"train_loss", "test_loss"} <= set(found.values), name
-    assert all(len(v) == 3 for v in found.values.values()), name
     assert found.weights, name
     for images in found.samples.values():
         assert images.dtype == torch.uint8

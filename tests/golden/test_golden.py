@@ -9,11 +9,15 @@ from presets import repetitions
 
 from lab.core.migration import current_name
 
+# tests/unit and tests/contracts compute the same in less time
+LONG = ("eval/transfer", "immunize/clamp/diffusion", "attacks/ip_adapter/diffusion")
+
 
 def slow(key: str) -> list[pytest.MarkDecorator]:
-    group, name, *_ = key.split("/")
-    repeats = group in ("immunize", "attacks") and name in repetitions(group, by_class=False)
-    return [pytest.mark.slow] if repeats else []
+    group, name, *kind = key.split("/")
+    by_class = kind == ["diffusion"]  # of others, presets that differ in more than numbers stay
+    repeats = group in ("immunize", "attacks") and name in repetitions(group, by_class)
+    return [pytest.mark.slow] if repeats or key in LONG else []
 
 
 KEYS = sorted({*cases.computations(), *cases.stored()})

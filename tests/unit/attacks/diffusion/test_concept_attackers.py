@@ -16,6 +16,7 @@ from concept_examples import (
     launch,
     model,
     task,
+    trained,
     unbroken,
 )
 from pydantic import ValidationError
@@ -43,11 +44,8 @@ def test_it_learns(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_declared_parameters_move(name):
-    net, copied = tiny_diffusion(), tiny_diffusion()
-    net.copy = lambda: copied  # the attack trains this one
-    launch(attack(name, families=()), net, budget=Budget(3, 1, at=()))
-    old = net.state_dict()
-    new = {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
+    old = model().state_dict()
+    new = {k.replace(".base_layer.", "."): v for k, v in trained(name)[1].state_dict().items()}
     changed = {k for k in old if not torch.equal(new[k][: len(old[k])], old[k])}
     adapters = {k for k in new if ".lora_" in k}
     declared = {
@@ -130,13 +128,13 @@ def test_half_precision_is_refused_where_it_would_be_trained():
 
 
 def test_a_budget_of_images_is_the_same_attack_in_steps_of_its_batch():
-    images = Budget(16, 2, at=(8, 24), unit="images")
-    attacker = attack("lora", families=(), batch_size=8)
+    images = Budget(8, 2, at=(4, 12), unit="images")
+    attacker = attack("lora", families=(), batch_size=4)
     by_images, by_steps = (launch(attacker, budget=b) for b in (images, Budget(2, 2, at=(1, 3))))
-    assert (by_images.steps, by_images.values) == ([0, 8, 16, 24, 32], by_steps.values)
-    single = launch(attack("lora", families=(), batch_size=1), budget=replace(images, at=(1, 24)))
-    assert single.steps == [0, 1, 16, 24, 32]
-    with pytest.raises(UserError, match=r"budget\.horizon=16: must be a multiple"):
+    assert (by_images.steps, by_images.values) == ([0, 4, 8, 12, 16], by_steps.values)
+    single = launch(attack("lora", families=(), batch_size=1), budget=replace(images, at=(1, 12)))
+    assert single.steps == [0, 1, 8, 12, 16]
+    with pytest.raises(UserError, match=r"budget\.horizon=8: must be a multiple"):
         attack("lora", families=(), batch_size=5).check_budget(images)
 
 

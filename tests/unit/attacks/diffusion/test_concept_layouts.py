@@ -14,7 +14,8 @@ from tiny_sd import tiny_pipeline
 from lab.core.errors import UserError
 from lab.models.diffusion import DiffusionModel
 
-LAYOUTS = ("sd1", "sd2", "xl")
+# the model of test_concept_attackers.py has the first layout
+LAYOUTS = (pytest.param("sd1", marks=pytest.mark.slow), "sd2", "xl")
 
 
 @cache

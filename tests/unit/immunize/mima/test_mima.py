@@ -32,7 +32,10 @@ SEED = 1  # of draws whose kind, K and captions differ from concept to concept
 plain = cache(lambda name: rows_of(preset(name)))  # read only
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("joint", "imma") else n for n in PRESETS],
+)
 def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     after, rows = plain(name)
     assert moved(after, model()) == {

@@ -134,12 +134,6 @@ def pool():
     return Pool(torch.randn(4, 2), Text(torch.zeros(1, 1, 1)), torch.zeros(4, dtype=torch.long), 10)
 
 
-def bowl():
-    """A weight, and a loss that is its squared distance to another one."""
-    weight, goal = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
-    return {"w": weight}, lambda batch, weights: (weights["w"] - goal).square().sum()
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_one_lora_step_by_hand(optimizer):
     """From B_0 = 0 the first step moves B alone: B_1 = −α·step(G A_0ᵀ), so the effective weight is
@@ -166,7 +160,12 @@ def test_one_lora_step_by_hand(optimizer):
 @pytest.mark.parametrize("rank", [2, None])
 def test_an_attack_in_progress_follows_the_weights_it_started_from(rank):
     """What it has added stays added when θ moves; low-rank factors stay what they are."""
-    w, loss = bowl()
+    weight, goal = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    w = {"w": weight}
+
+    def loss(batch, weights):
+        return (weights["w"] - goal).square().sum()
+
     three = attacker(rank=rank, lr=0.05, optimizer="adamw", steps=3)
     running = InnerAttack(loss, w, ("w",), three, pool(), 2, 0, "x")
     before = w["w"].clone()

@@ -14,13 +14,6 @@ from immunize.gradients import gradient_at
 from immunize.merge.build import scope_names
 from lab.core.data import CaptionedImages
 
-
-def joined(parts):
-    return CaptionedImages(
-        torch.cat([part.images for part in parts]), tuple(p for part in parts for p in part.prompts)
-    )
-
-
 unchanged = cache(lambda: rows_of(preset("mima_released", steps=1, prior="keep"))[1])
 
 
@@ -32,7 +25,9 @@ def test_the_prior_has_the_images_of_its_source(changes):
     classes = [target.prior for target in case().targets]
     parts = classes if changes else [case().keep, *classes]
     _, rows = rows_of(preset("mima_released", steps=1, **changes))
-    same = dataclasses.replace(case(), keep=joined(parts))
+    prompts = tuple(prompt for part in parts for prompt in part.prompts)
+    joined = CaptionedImages(torch.cat([part.images for part in parts]), prompts)
+    same = dataclasses.replace(case(), keep=joined)
     assert rows_of(preset("mima_released", steps=1, prior="keep"), on=same)[1] == rows
     assert unchanged() != rows
 
