@@ -4,8 +4,8 @@ A page marks a figure by two comments, inside a sentence or around a table::
 
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
-``EXPRESSION`` is a Jinja expression that calls `score`, `limit`, `table`, `grid`,
-`by_attack`, `share_after`, `target_share`, `median`, `correlation` or `step_times`.
+``EXPRESSION`` is a Jinja expression that calls `score`, `limit`, `table`, `grid`, `by_attack`,
+`share_after`, `target_share`, `median`, `correlation`, `step_times` or `plain_attacks`.
 ``python docs/figures.py`` replaces every ``TEXT`` and draws the figures of the README
 (`readme_figures`). ``--check`` changes nothing and fails where a page and its records differ.
 Fenced blocks are left alone.
@@ -18,7 +18,9 @@ import difflib
 import functools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -90,6 +92,11 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
     if metric == "verdict":
         words = {1: "passes", 0: "fails", None: "inconclusive"}
         return words[item["value"]] if metric in stored["metrics"] else stored["status"]
+    return figure(item, show)
+
+
+def figure(item: Mapping[str, Any], show: str) -> str:
+    """Return a score with ``value``, ``low``, ``high`` and ``bound`` as text."""
     if item["value"] is None:
         return UNMEASURED
     text = f"{bound(item)} {round_number(item['value'], show)}{unit(show)}".strip()
@@ -241,6 +248,21 @@ def step_times() -> str:
     return markdown(lines)
 
 
+def plain_attacks() -> str:
+    """Return a Markdown table of ``docs/examples/plain_attacks.csv``, which
+    ``docs/examples/score_plain_attack.py`` writes.
+    """
+    rows: dict[tuple[str, str], list[str]] = {}
+    with (ROOT / "docs/examples/plain_attacks.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            numbers = {k: float(line[k]) if line[k] else None for k in ("value", "low", "high")}
+            show = "ratio interval" if "ratio" in line["figure"] else "value"
+            text = figure({**numbers, "bound": line["bound"] or None}, show)
+            rows.setdefault((line["attack"], line["concept"]), []).append(text)
+    head = ["Attack, weights", "Target", "Baseline, steps", "Immunized, steps", "Slowdown"]
+    return markdown([head, *([*key, *cells] for key, cells in rows.items())])
+
+
 def markdown(lines: list[list[str]]) -> str:
     """Return a Markdown table; the first line is its head."""
     head, *body = (f"|{'|'.join(line)}|" for line in lines)
@@ -258,6 +280,7 @@ FUNCTIONS = (
     median,
     correlation,
     step_times,
+    plain_attacks,
 )
 
 

@@ -4,11 +4,14 @@
 
 One folder per seed and model, pairs in the same order. Prints the share of images that show the
 concept at every step, the steps to relearn of both models, and their ratio with its 95 % interval,
-computed as `steps_to_relearn_ratio_CONCEPT` of a record. Unlike the attack it uses this project.
+computed as `steps_to_relearn_ratio_CONCEPT` of a record; `--csv` also writes them to a file.
+Unlike the attack it uses this project.
 """
 
 import argparse
+import csv
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         default=0.6,
         help="share of images, as eval.relearning.threshold",
     )
+    parser.add_argument("--csv", type=Path, help="file to which the figures are added as lines")
+    parser.add_argument("--label", default="plain attack", help="what these lines call the attack")
     args = parser.parse_args(arguments)
     if len(args.immunized) != len(args.baseline):
         parser.error("--immunized and --baseline need as many folders")
@@ -105,6 +110,19 @@ def format_score(name: str, score: Score) -> str:
     return f"{name}: {figure_text(score)}" + (f" ({score.note})" if score.note else "")
 
 
+def write(file: Path, label: str, concept: str, scores: dict[str, Score]) -> None:
+    """Add a line per figure; a new file gets its head first."""
+    fields = ("value", "low", "high", "bound", "n")
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as target:
+        lines = csv.writer(target, lineterminator="\n")
+        if new:
+            lines.writerow(["attack", "concept", "figure", *fields])
+        for name, score in scores.items():
+            values = asdict(score)
+            lines.writerow([label, concept, name, *(values[field] for field in fields)])
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = options(arguments)
     scorers = instantiate(OmegaConf.load(ROOT / "conf" / "scorers" / "minisd.yaml"))
@@ -122,15 +140,18 @@ def main(arguments: list[str] | None = None) -> None:
             for step, share in zip(evaluated.plan, shares, strict=True)
         )
         print(f"{model_name:<9}  {args.concept} shown at step {line}")
-    for model_name in evaluated.model_names:
-        print(
-            format_score(
-                f"steps to relearn, {model_name}",
-                model_steps_score(evaluated, cells, model_name, args.threshold, "neutral"),
-            )
+    scores = {
+        f"steps to relearn, {model_name}": model_steps_score(
+            evaluated, cells, model_name, args.threshold, "neutral"
         )
+        for model_name in evaluated.model_names
+    }
     ratios = [ratio_of(evaluated, cell, args.threshold) for cell in cells]
-    print(format_score(f"steps_to_relearn_ratio_{args.concept}", ratio_score(ratios, "higher")))
+    scores[f"steps_to_relearn_ratio_{args.concept}"] = ratio_score(ratios, "higher")
+    for name, score in scores.items():
+        print(format_score(name, score))
+    if args.csv:
+        write(args.csv, args.label, args.concept, scores)
 
 
 if __name__ == "__main__":

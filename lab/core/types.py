@@ -70,9 +70,9 @@ class TextToImageModel(Protocol):
     """What the project reads of a text-to-image model, `lab.models.diffusion.DiffusionModel`."""
 
     kind: ClassVar[Kind]
-    unet: Any
-    vae: Any
-    text_encoders: Any
+    unet: Any  # UNet2DConditionModel, which mypy sees without the methods of nn.Module
+    vae: Any  # AutoencoderKL, as unet
+    text_encoders: nn.ModuleList
     tokenizers: list[Any]
     scheduler: Any
     pipeline_class: str
@@ -85,9 +85,9 @@ class TextToImageModel(Protocol):
     def copy(self) -> Self:
         """Return an independent model that shares the autoencoder, which never moves."""
 
-    def state_dict(self) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any: ...
 
 
 # `FeatureModel` goes with `Case` and `Task`, `TextToImageModel` with `ConceptCase` and `Concept`.

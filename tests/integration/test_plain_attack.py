@@ -129,9 +129,16 @@ def test_the_scorer_counts_and_compares(tmp_path, capsys):
         gallery(tmp_path / "c", (0, 3, 5, 5)),
         gallery(tmp_path / "i", (0, 0, 3, 5)),
     )
-    load(SCORER).main(["mosaic", "--immunized", immunized, "--baseline", baseline])
+    file = tmp_path / "figures.csv"
+    more = ("--csv", str(file), "--label", "LoRA")
+    for _ in range(2):
+        load(SCORER).main(["mosaic", "--immunized", immunized, "--baseline", baseline, *more])
     out = capsys.readouterr().out
     assert "baseline   mosaic shown at step 0: 0 %, 10: 60 %, 20: 100 %, 40: 100 %" in out
     assert "steps to relearn, baseline: 10 " in out
     assert "steps to relearn, immunized: 20 " in out
     assert "steps_to_relearn_ratio_mosaic: 2 [" in out
+    head, *lines = file.read_text().splitlines()
+    assert head == "attack,concept,figure,value,low,high,bound,n"
+    assert len(lines) == 6
+    assert lines[2].startswith("LoRA,mosaic,steps_to_relearn_ratio_mosaic,2.0,")
