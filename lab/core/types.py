@@ -72,7 +72,7 @@ class TextToImageModel(Protocol):
     kind: ClassVar[Kind]
     unet: Any  # UNet2DConditionModel, which mypy sees without the methods of nn.Module
     vae: Any  # AutoencoderKL, as unet
-    text_encoders: nn.ModuleList
+    text_encoders: Any  # as unet, in an nn.ModuleList
     tokenizers: list[Any]
     scheduler: Any
     pipeline_class: str
