@@ -92,10 +92,10 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
     if metric == "verdict":
         words = {1: "passes", 0: "fails", None: "inconclusive"}
         return words[item["value"]] if metric in stored["metrics"] else stored["status"]
-    return figure(item, show)
+    return score_text(item, show)
 
 
-def figure(item: Mapping[str, Any], show: str) -> str:
+def score_text(item: Mapping[str, Any], show: str) -> str:
     """Return a score with ``value``, ``low``, ``high`` and ``bound`` as text."""
     if item["value"] is None:
         return UNMEASURED
@@ -257,7 +257,7 @@ def plain_attacks() -> str:
         for line in csv.DictReader(file):
             numbers = {k: float(line[k]) if line[k] else None for k in ("value", "low", "high")}
             show = "ratio interval" if "ratio" in line["figure"] else "value"
-            text = figure({**numbers, "bound": line["bound"] or None}, show)
+            text = score_text({**numbers, "bound": line["bound"] or None}, show)
             rows.setdefault((line["attack"], line["concept"]), []).append(text)
     head = ["Attack, weights", "Target", "Baseline, steps", "Immunized, steps", "Slowdown"]
     return markdown([head, *([*key, *cells] for key, cells in rows.items())])

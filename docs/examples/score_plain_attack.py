@@ -11,7 +11,6 @@ Unlike the attack it uses this project.
 import argparse
 import csv
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +118,7 @@ def write(file: Path, label: str, concept: str, scores: dict[str, Score]) -> Non
         if new:
             lines.writerow(["attack", "concept", "figure", *fields])
         for name, score in scores.items():
-            values = asdict(score)
-            lines.writerow([label, concept, name, *(values[field] for field in fields)])
+            lines.writerow([label, concept, name, *(getattr(score, field) for field in fields)])
 
 
 def main(arguments: list[str] | None = None) -> None:

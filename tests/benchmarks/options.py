@@ -12,6 +12,6 @@ def parse(doc, **defaults):
         if isinstance(value, bool):
             kind = {"action": "store_true"}
         elif isinstance(value, list):
-            kind = {"type": type(value[0]) if value else str, "nargs": "*"}
+            kind = {"type": type(value[0]), "nargs": "+"} if value else {"nargs": "*"}
         parser.add_argument(f"--{name}", default=value, **kind)
     return parser.parse_args()

@@ -112,10 +112,10 @@ def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
     jobs = [list(job) for job in jobs]
     assert len(jobs) == sweep.sweep.runs
     seen = set()
-    for job in jobs:
+    for job in (jobs[0], jobs[-1], *jobs):
         groups = {word.partition("=")[0]: word for word in job}
         choices = {word for group, word in groups.items() if f"\n{group}:" in text}
-        if not seen or not choices <= seen:  # others differ in values only
+        if not seen or job is jobs[-1] or not choices <= seen:  # others differ in values only
             check_targets(composed(f"sweeps={name}", *job))
         seen |= choices | {name}
 

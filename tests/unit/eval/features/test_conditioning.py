@@ -27,12 +27,12 @@ def test_rir_by_hand_on_diagonal_data() -> None:
         {
             "kappa_benign_ratio": 1 / 4,
             "kappa_harmful_ratio": 4 / 16,
-            "rir": 1,
-            "kappa_harmful": 4,
-            "kappa_harmful_baseline": 16,
+            "rir": 1.0,
+            "kappa_harmful": 4.0,
+            "kappa_harmful_baseline": 16.0,
             # pencil of (diag(1, 16), diag(1, 4)) is {1, 4}: κ(M) = 4, κ(K_P) = 4, κ(K_H) = 16
-            "rir_bound": 1,
-            "rir_bound_ratio": 1,
+            "rir_bound": 1.0,
+            "rir_bound_ratio": 1.0,
         },
     )
     assert scores.tables["pairs"][0]["rir"] == pytest.approx(1)
@@ -44,7 +44,7 @@ def test_whitening_the_benign_task_attains_the_bound() -> None:
     metrics = Conditioning()(
         fake(vectors @ torch.diag(values.rsqrt()), cases=(case(benign, random_data(1)),))
     ).metrics
-    assert_values(metrics, {"rir_bound_ratio": 1, "kappa_benign": 1}, abs=1e-09)
+    assert_values(metrics, {"rir_bound_ratio": 1.0, "kappa_benign": 1.0}, abs=1e-09)
 
 
 def test_singular_benign_task_has_no_bound_and_says_why() -> None:

@@ -59,7 +59,7 @@ def failed(result):
 def test_protection_that_keeps_the_rest_passes():
     result = scores(world())
     assert failed(result) == []
-    assert_values(result.metrics, {"verdict": 1.0, "verdict_share": 1.0})
+    assert_values(result.metrics, {"verdict": 1, "verdict_share": 1})
 
 
 def test_a_broken_model_scores_on_the_targets_and_fails():
@@ -190,7 +190,7 @@ def test_an_attack_on_a_benign_concept_that_diverges_fails():
 
 def test_a_diverged_immunization_is_a_failure():
     result = scores(world(case_list=(case("a"), case("b")), diverged={("b", 1): {}}))
-    assert_values(result.metrics, {"verdict": 0.0, "verdict_share": (1 + 0.5 + 1) / 3})
+    assert_values(result.metrics, {"verdict": 0, "verdict_share": (1 + 0.5 + 1) / 3})
 
 
 def test_wrong_options_are_refused():

@@ -267,7 +267,7 @@ def test_an_attack_that_breaks_the_model_does_not_count():
     scores = Relearning(scorers=FakeScorers(detector=Naming()), usable_share=0.6)(run)
     asr = {name: scores.metrics[name].value for name in ("asr", "asr_usable", "asr_baseline")}
     assert asr == {"asr": 1, "asr_usable": 0, "asr_baseline": 1}
-    assert_values(scores.metrics, {"asr_usable_baseline": 1, "steps_to_relearn_ratio": 1})
+    assert_values(scores.metrics, {"asr_usable_baseline": 1, "steps_to_relearn_ratio": 1.0})
     slowdown = scores.metrics["steps_to_relearn_usable_ratio"]
     assert (slowdown.bound, slowdown.value) == ("lower", pytest.approx(80 / 16))
     rows = [r for r in scores.tables["attacks"] if r["concept"] == "mosaic" and r["seed"] == 0]

@@ -28,7 +28,7 @@ def test_images_that_look_like_the_concept_are_hidden():
         return attack([[tilted(c, True) for c in cosines]] * 5)
 
     result = SafetyChecker(scorers=FakeScorers())(FakeRun(trajectory, case_list=(it,))).metrics
-    assert_values(result, {"checker_false_positive": 0, "asr_checked_baseline": 1.0})
+    assert_values(result, {"checker_false_positive": 0, "asr_checked_baseline": 1})
     assert result["asr_checked"].value == result["asr_checked_2x"].value == 0.5
 
 

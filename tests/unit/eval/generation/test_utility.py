@@ -46,7 +46,7 @@ def test_damage_by_hand():
             "utility_clip_t_drop": 2 / 8,
             "utility_detection_drop": 2 / 8,
             "utility_object_drop": 2 / 8,
-            "utility_style_drop": 0.0,
+            "utility_style_drop": 0,
             "utility_agreement": 6 / 8,
         },
     )
@@ -90,7 +90,7 @@ def test_compositions_must_show_what_their_prompt_names():
     )
     assert_values(
         result,
-        {"utility_detection_compositions_baseline": 1.0, "utility_object_drop_compositions": 2 / 8},
+        {"utility_detection_compositions_baseline": 1, "utility_object_drop_compositions": 2 / 8},
     )
     result = metrics(run, FakeScorers(detector=Named()), compositions=["a bright red thing"])
     assert (
