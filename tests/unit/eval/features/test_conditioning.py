@@ -1,5 +1,6 @@
 import pytest
 import torch
+from assertions import assert_values
 from fake_run import (
     EYE,
     FakeRun,
@@ -8,7 +9,6 @@ from fake_run import (
     linear,
     random_data,
 )
-from figures import assert_values
 
 from eval.features.conditioning import Conditioning
 from eval.features.geometry import Geometry

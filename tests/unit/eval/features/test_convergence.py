@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from assertions import assert_values
 from fake_run import (
     STEPS,
     classes,
@@ -10,7 +11,6 @@ from fake_run import (
     fake,
     rates,
 )
-from figures import assert_values
 
 from eval.features.convergence import Convergence, rfd
 from eval.features.probe_accuracy import ProbeAccuracy

@@ -1,4 +1,5 @@
 import pytest
+from assertions import assert_values
 from fake_run import (
     STEPS,
     FakeRun,
@@ -7,7 +8,6 @@ from fake_run import (
     fake,
     rates,
 )
-from figures import assert_values
 
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from assertions import assert_values
 from fake_generations import (
     Detector,
     FakeRun,
@@ -13,7 +14,6 @@ from fake_generations import (
     faithful,
     shares,
 )
-from figures import assert_values
 from pydantic import ValidationError
 
 from eval.generation.concept_verdict import ConceptVerdict

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from assertions import assert_values
 from fake_generations import (
     HELD,
     RED,
@@ -19,7 +20,6 @@ from fake_generations import (
     tilted,
     world,
 )
-from figures import assert_values
 from pydantic import ValidationError
 from scipy.integrate import trapezoid
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from assertions import assert_values
 from fake_generations import (
     BUDGET,
     STEPS,
@@ -14,7 +15,6 @@ from fake_generations import (
     case,
     shares,
 )
-from figures import assert_values
 from pydantic import ValidationError
 
 from eval.generation.relearning import Relearning

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from assertions import assert_values
 from fake_generations import FakeRun, FakeScorers, Painter, attack, case, colours, tilted
-from figures import assert_values
 from PIL import Image
 
 from eval.generation.false_positives import FalsePositives

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from assertions import assert_values
 from fake_generations import (
     Detector,
     FakeRun,
@@ -12,7 +13,6 @@ from fake_generations import (
     case,
     faithful,
 )
-from figures import assert_values
 from pydantic import ValidationError
 
 from eval.generation.utility import BLOCK, Utility
