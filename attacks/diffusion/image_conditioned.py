@@ -131,9 +131,11 @@ class ControlNet(ImageConditioned):
 @config
 class IpAdapter(ImageConditioned):
     """An IP-Adapter (arXiv 2308.06721): a projection of CLIP's image vector to ``tokens`` tokens,
-    read by new keys and values in every cross-attention, which start as copies of the old ones.
+    read by new keys and values in every cross-attention. The keys start as copies of the old ones.
 
-    The image encoder is frozen: the CLIP of MiniSD's world (`lab.scorers.clip`).
+    The image encoder is frozen: the CLIP of MiniSD's world (`lab.scorers.clip`). Deviation: values
+    start at zero, so that the attack starts from the unchanged model. Copies, as in the release,
+    destroy the images before a short training has any effect.
 
     Args:
         tokens: tokens per image; the paper's 4.
@@ -160,7 +162,7 @@ class IpAdapter(ImageConditioned):
                 size = module.to_k.weight.shape[0]
                 processor: Any = IPAdapterAttnProcessor2_0(size, inner, (self.tokens,))
                 processor.to_k_ip[0].weight.data.copy_(module.to_k.weight)
-                processor.to_v_ip[0].weight.data.copy_(module.to_v.weight)
+                processor.to_v_ip[0].weight.data.zero_()
                 module.set_processor(processor)
                 layers[str(2 * len(layers) + 1)] = processor  # numbers of diffusers' files
         unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
