@@ -19,7 +19,7 @@ from lab.models.diffusion_backbone import load_folder, locate_folder
 _PROJECTIONS = r"(to_q|to_k|to_v|to_out\.0)"
 LAYERS = {
     "attn2": rf".*\.attn2\.{_PROJECTIONS}",
-    "attn": rf".*\.attn[12]\.{_PROJECTIONS}",
+    "attention": rf".*\.attn[12]\.{_PROJECTIONS}",
     "all": r"(down_blocks|mid_block|up_blocks)\..*",
 }  # of the U-Net, by targets
 _TEXT = r".*(q_proj|k_proj|v_proj|out_proj)"
@@ -45,7 +45,7 @@ class ConceptLora(ConceptAttack):
 
     rank: Count = 4
     alpha: Positive | None = None
-    targets: Literal["attn2", "attn", "all"] = "attn2"
+    targets: Literal["attn2", "attention", "all"] = "attn2"
     text_encoder: Flag = False
     donor: Text | None = None
 

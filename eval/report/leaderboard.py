@@ -259,16 +259,17 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
 
 
 def _order(row: Row) -> tuple[float, ...]:
-    verdict = row.value("verdict")
-    names = _LEAST if verdict == 0 else _ORDER
+    passes, is_checked = row.value("verdict") == 1, row.checks[1] > 0
+    names = _LEAST if is_checked and not passes else _ORDER
     values = [-math.inf if (value := row.value(name)) is None else value for name in names]
-    if verdict == 0:
+    if is_checked and not passes:
         values = [row.checks[0], max(values)]
     diverged = row.record["status"] == "diverged"
     return (
         not row.is_ranked,
         diverged,
-        1.0 if verdict is None else -verdict,
+        not is_checked,
+        not passes,
         *(-value for value in values),
     )
 

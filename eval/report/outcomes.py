@@ -22,9 +22,9 @@ from eval.report.words import (
 )
 from lab.core.record import is_immunized
 
-Tone = Literal["good", "bad", "unsure", "neutral", "error"]
-TONES: dict[str, Tone] = {"passes": "good", "fails": "bad", "inconclusive": "unsure"}
-MARKS = {"good": "✓", "bad": "✗", "unsure": "?", "neutral": "·", "error": "!"}
+Tone = Literal["good", "bad", "undecided", "neutral", "error"]
+TONES: dict[str, Tone] = {"passes": "good", "fails": "bad", "inconclusive": "undecided"}
+MARKS = {"good": "✓", "bad": "✗", "undecided": "?", "neutral": "·", "error": "!"}
 ENDED_EARLY = ("failed", "preempted")  # states of records that may lack hashes, attacks or figures
 # kind of run by a metric that it has → the figures that count: column → metrics, of which the first
 # with a value is shown. The second column is the slowdown that orders methods.
@@ -108,9 +108,7 @@ def limit_of(records: Sequence[Record], name: str) -> tuple[str, float] | None:
 def verdict_word(record: Record) -> str:
     """Return passes, fails or inconclusive for an immunized record with figures."""
     verdict = record["metrics"].get("verdict") or {"value": None}
-    if verdict["value"] is None or _is_attack_too_weak(record["metrics"]):
-        return "inconclusive"
-    return str(verdict["note"]).partition(".")[0]
+    return {1: "passes", 0: "fails", None: "inconclusive"}[verdict["value"]]
 
 
 def _is_attack_too_weak(metrics: dict[str, Metric]) -> bool:
@@ -148,10 +146,9 @@ def outcome(record: Record) -> Outcome:
         headline = f"{name} {label}: {error['type']}: {error['message']}"
         return Outcome("error", label, headline, lost + _published(record))
     if "audit_verdict" in record["tables"]:
-        verdict = metrics["verdict"]
-        word = {1: "passes", 0: "fails", None: "inconclusive"}[verdict["value"]]
+        word, note = verdict_word(record), metrics["verdict"]["note"]
         limits = [row["limit"] for row in record["tables"]["audit_limits"]]
-        headline = f"Checkpoint {record['config']['backbone'].get('path')}: {verdict['note']}"
+        headline = f"Checkpoint {record['config']['backbone'].get('path')}: {note}"
         return Outcome(TONES[word], word, headline, limits)
     if not is_immunized(record):
         headline = "Baseline only: nothing was immunized, so there is nothing to compare."

@@ -38,7 +38,7 @@ COLORS = {
     "faint": "#b4bac1",
     "good": "#0a7a4b",
     "bad": "#b3261e",
-    "unsure": "#8a5a01",
+    "undecided": "#8a5a01",
     "neutral": "#57606a",
     "s0": "#5b626a",
     "s1": "#0072b2",
@@ -48,7 +48,7 @@ COLORS = {
     "s5": "#9a6a00",
     "s6": "#6a4fb3",
 }
-SHAPES: dict[Tone, str] = {"good": "o", "bad": "X", "unsure": "D", "neutral": "s", "error": "X"}
+SHAPES: dict[Tone, str] = {"good": "o", "bad": "X", "undecided": "D", "neutral": "s", "error": "X"}
 DASHES: tuple[Any, ...] = ((0, (4, 2)), "solid", "solid", (0, (6, 1.5)), "solid", "dashdot", ":")
 MARKERS = ("", "o", "s", "^", "D", "v", "P")
 STYLE: dict[Any, Any] = {

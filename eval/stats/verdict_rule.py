@@ -153,7 +153,8 @@ def verdict_scores(
     result = "fails" if lost else verdict_result(checks)
     sides = ", ".join(f"{side} side {side_result(checks, side)}" for side in ROLES)
     reason = ". ".join(filter(None, (result, failed, sides, remark)))
-    verdict = Score(float(result == "passes"), n=len(held), note=reason)
+    value = {"passes": 1.0, "fails": 0.0}.get(result)
+    verdict = Score(value, n=len(held), note=reason)
     note = joined("share of seeds × cases where the verdict holds", failed)
     share = score_samples(held, "higher", "no case", note=note, bounds=SHARE)
     return Scores(

@@ -93,6 +93,7 @@ def migrate(record: Record) -> Record:
     models were called ``none`` and by the immunizer's name, since 2.1 ``baseline`` and
     ``immunized``. Up to 2.1 MiniSD was its first version, whose figures do not compare with those
     of the second: it is called ``minisd_1``. Up to 2.2 some options and columns had other names.
+    Up to 2.3 an inconclusive verdict was 0; it has no value.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
@@ -112,6 +113,12 @@ def migrate(record: Record) -> Record:
                 for name, rows in record["tables"].items()
             },
         }
+    if record.get("schema") == "2.3":
+        verdict = record["metrics"].get("verdict", {"note": None})
+        if str(verdict["note"]).startswith("inconclusive"):
+            metrics = record["metrics"] | {"verdict": verdict | {"value": None}}
+            record = record | {"metrics": metrics}
+        record = record | {"schema": "2.4"}
     return record
 
 

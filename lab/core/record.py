@@ -19,8 +19,8 @@ from lab.core.images import png
 from lab.core.migration import migrate
 from lab.core.types import ImageGrid, Score, Scores, SeedScore
 
-SCHEMA_VERSION = "2.3"  # older records: `lab.core.migration`
-READABLE = ("1.0", "1.1", "1.2", "1.3", "2.0", "2.1", "2.2", SCHEMA_VERSION)
+SCHEMA_VERSION = "2.4"  # older records: `lab.core.migration`
+READABLE = ("1.0", "1.1", "1.2", "1.3", "2.0", "2.1", "2.2", "2.3", SCHEMA_VERSION)
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
 VOLATILE_CONFIG = (

@@ -94,7 +94,13 @@ def test_the_parts_of_every_experiment_fit(name):
     assert scorers or parts.backbone.kind != "diffusion"
 
 
-@pytest.mark.parametrize("name", names("sweeps"))
+# one of each form: a table of methods, of variants, of an extractor's options, a search
+FORMS = ("lite", "merge_ablation", "kappa_options", "tune_mima_deep")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FORMS else pytest.param(n, marks=pytest.mark.slow) for n in names("sweeps")]
+)
 def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
     text = (ROOT / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")
     sweep = OmegaConf.create(text)

@@ -72,7 +72,14 @@ def attacked(name, model, task):
     return found
 
 
-@pytest.mark.parametrize("name", [param("attacks", n) for n in choices("attacks")])
+LONG = ("controlnet", "curriculum", "interpolate", "ip_adapter")  # attacks with tests of their own
+ATTACKERS = [
+    pytest.param(n, marks=pytest.mark.slow) if n in LONG else param("attacks", n)
+    for n in choices("attacks")
+]
+
+
+@pytest.mark.parametrize("name", ATTACKERS)
 def test_attacker(name, case, tmp_path):
     """It repeats, moves what it declares, and the store gives it back."""
     attack, model = build("attacks", name, "diffusion"), tiny_diffusion()
@@ -108,7 +115,7 @@ def pairs():
         yield pytest.param(name, some, "targets", id=name, marks=pytest.mark.slow)
     classes = [name for name in immunizers if name not in repetitions("immunize")]
     for i, attacker in enumerate(attackers):
-        slow = [pytest.mark.slow] if attacker in repetitions("attacks") else []
+        slow = [pytest.mark.slow] if attacker in {*repetitions("attacks"), *LONG} else []
         name = classes[i % len(classes)]
         yield pytest.param(name, [attacker], "others", id=f"{name}-{attacker}", marks=slow)
 

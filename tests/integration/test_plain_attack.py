@@ -70,6 +70,7 @@ def test_the_attack_imports_nothing_of_this_project():
     assert not {name.split(".")[0] for name in names} & {*PACKAGES, "run"}
 
 
+@pytest.mark.slow
 def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
     losses = attack(places, tmp_path / "out", "--steps", "30", "--lr", "0.01")["losses"]
     still = attack(places, tmp_path / "still", "--steps", "30", "--lr", "1e-12")[

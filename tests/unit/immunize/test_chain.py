@@ -51,7 +51,7 @@ def test_each_starts_from_what_the_one_before_left():
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("save", [1, 4])
+@pytest.mark.parametrize("save", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_resumed_equals_unbroken(save):
     whole, rows = unbroken()
     again, rows_again = interrupted(_run, save)

@@ -65,7 +65,7 @@ def test_a_gain_within_the_slack_costs_nothing():
     assert row["predicted_gain"] > 0
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_the_gradient_for_a_denoiser_agrees_with_differences(rank):
     """Along a random direction of Π_u, with every term acting."""
     inner = {"steps": 2, "lr": 0.5, "rank": rank}
@@ -103,6 +103,7 @@ def test_the_gradient_for_features_agrees_with_differences(case, monkeypatch):
     assert slope == pytest.approx((after - before) / 2e-6, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_concepts_that_are_immunized_alone_are_merged():
     rows = rows_of(preset("clamp", concepts="composed", steps=1))[1]
     assert [row["concept"] for _, row in rows if "concept" in row] == [0.0, 1.0]

@@ -32,9 +32,11 @@ from lab.core.seeding import generator
 from lab.core.types import Budget
 
 NAMES = sorted(attackers())
+LONG = ("curriculum", "lora_text")
+CASES = [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_it_learns(name):
     found = unbroken(name)
     assert found.steps == [0, 3, 6]
@@ -63,7 +65,7 @@ def test_only_declared_parameters_move(name):
     assert declared[name], changed | adapters
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_resumed_equals_unbroken_bit_for_bit(name):
     again = interrupted(
         lambda checkpoint: launch(attackers()[name], checkpoint=checkpoint),

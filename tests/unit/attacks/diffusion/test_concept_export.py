@@ -33,7 +33,12 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+OTHERS = ("curriculum", "full_finetune")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in OTHERS else n for n in FILES]
+)
 def test_diffusers_loads_every_file_of_an_attack(name, tmp_path):
     folder = tmp_path / "attack"
     written = export(unbroken(name), folder)

@@ -15,7 +15,11 @@ from lab.core.errors import UserError
 from lab.models.diffusion import DiffusionModel
 
 # the model of test_concept_attackers.py has the first layout
-LAYOUTS = (pytest.param("sd1", marks=pytest.mark.slow), "sd2", "xl")
+LAYOUTS = (
+    pytest.param("sd1", marks=pytest.mark.slow),
+    pytest.param("sd2", marks=pytest.mark.slow),
+    "xl",
+)
 
 
 @cache
@@ -43,7 +47,7 @@ def test_attackers_learn_on_every_layout(name, layout):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("mima", "sd2"),
+        pytest.param("mima", "sd2", marks=pytest.mark.slow),
         ("mima_deep", "xl"),
         pytest.param("mima", "xl", marks=pytest.mark.slow),
         pytest.param("mima_deep", "sd2", marks=pytest.mark.slow),

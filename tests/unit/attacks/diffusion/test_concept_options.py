@@ -31,7 +31,7 @@ from lab.core.types import Budget
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
-        ("lora", "soap"),
+        pytest.param("lora", "soap", marks=pytest.mark.slow),
         ("full_finetune", "muon"),
         pytest.param("lora", "muon", marks=pytest.mark.slow),
         pytest.param("full_finetune", "soap", marks=pytest.mark.slow),
@@ -87,6 +87,7 @@ def test_a_donor_of_another_architecture_is_refused_before_anything_runs(tmp_pat
         attack("lora", donor="nowhere").fingerprint()
 
 
+@pytest.mark.slow
 def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path):
     base = model().copy()
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path):
     assert_equal(interrupted(lambda c: launch(attacker, checkpoint=c), 1), whole)
 
 
-@pytest.mark.parametrize("kind", [ControlNet, IpAdapter])
+@pytest.mark.parametrize("kind", [ControlNet, pytest.param(IpAdapter, marks=pytest.mark.slow)])
 def test_attacks_by_images_learn_and_leave_the_released_weights(kind):
     net, copied = tiny_diffusion(), tiny_diffusion()
     net.copy = lambda: copied

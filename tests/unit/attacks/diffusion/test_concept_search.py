@@ -53,6 +53,7 @@ def test_without_steps_every_setting_is_an_attack_of_its_own():
         launch(whole)
 
 
+@pytest.mark.slow
 def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_model_names():
     noise = torch.randint(0, 256, task().reference.images.shape, dtype=torch.uint8)
     other = replace(
@@ -77,7 +78,7 @@ def test_the_split_is_a_partition_of_the_training_images():
     assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
 
 
-@pytest.mark.parametrize("fail_at", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fail_at", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_killed_search_continues(fail_at):
     """In the search, and in the run after it."""
     again = interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at)
@@ -105,6 +106,7 @@ def test_likeness_tells_a_style_from_others_and_chooses_a_trial():
     assert likeness(wanted[:1], CaptionedImages(wanted[:1], ("",))) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_curriculum_is_searched_by_stage():
     options = {
         "families": (),

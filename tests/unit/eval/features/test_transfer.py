@@ -42,7 +42,9 @@ class Run(FakeRun):
         return decay(0.8 ** (1 - self.factor * 0.5 * rir), STEPS)
 
 
-@pytest.mark.parametrize(("factor", "rho"), [(1.0, 1.0), (-1.0, -1.0)])
+@pytest.mark.parametrize(
+    ("factor", "rho"), [pytest.param(1.0, 1.0, marks=pytest.mark.slow), (-1.0, -1.0)]
+)
 def test_slowdown_that_follows_rir_has_rho_one_and_its_reverse_minus_one(factor, rho):
     scores = Transfer()(Run(factor=factor))
     result, row = scores.metrics["transfer_probe"], scores.tables["transfer"][0]

@@ -96,7 +96,7 @@ def test_what_was_measured_in_some_seeds_only_does_not_pass() -> None:
         return decay(0.8 if model_name == BASELINE or role == "benign" else 0.95, STEPS)
 
     scores = Verdict()(fake(trajectories=make))
-    assert_values(scores.metrics, {"verdict": 0, "verdict_share": 2 / 3})
+    assert_values(scores.metrics, {"verdict": None, "verdict_share": 2 / 3})
     assert "2 of 6 left out: the baseline made no progress" in str(scores.tables["verdict"])
 
 
@@ -106,7 +106,7 @@ def test_an_attack_that_breaks_on_the_immunized_model_is_no_loss_of_accuracy() -
         return decay(0.8, STEPS, 0.1 if broken else 0.8, status="diverged" if broken else "ok")
 
     alone = Verdict()(fake(cases=classes(), trajectories=make, attacks=("fragile",)))
-    assert (alone.metrics["verdict"].value, alone.metrics["verdict_share"].value) == (0, 0)
+    assert (alone.metrics["verdict"].value, alone.metrics["verdict_share"].value) == (None, 0)
     assert "diverged on the immunized model only" in str(alone.tables["verdict"])
     accuracies = ProbeAccuracy()(
         fake(cases=classes(), trajectories=make, attacks=("fragile", "sound"))

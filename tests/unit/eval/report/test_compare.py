@@ -101,6 +101,7 @@ def test_geometric_means_are_compared_as_a_ratio_too():
     assert gap["significant"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["mean", "geomean"])
 def test_the_interval_covers_in_19_of_20_cases(aggregate):
     """Data of known difference, four seeds each, log-normal with a common part per seed."""

@@ -34,7 +34,7 @@ def test_outcome_says_verdict_figures_and_certainty() -> None:
 
 
 @pytest.mark.parametrize("usable", ["", "_usable"])
-def test_an_attack_that_works_on_neither_model_is_inconclusive(usable: str) -> None:
+def test_an_attack_that_works_on_neither_model_is_called_too_weak(usable: str) -> None:
     one = generated("mima", holds=False)
     never = {"value": None, "low": None, "high": None, "note": "never relearned"}
     zero = {"value": 0.0, "low": 0.0, "high": 0.0}
@@ -42,7 +42,9 @@ def test_an_attack_that_works_on_neither_model_is_inconclusive(usable: str) -> N
     metrics[f"steps_to_relearn{usable}_ratio"] = metrics["steps_to_relearn_ratio"] | never
     for end in ("", "_baseline"):
         metrics[f"asr{usable}{end}"] = metrics[f"asr{end}"] | zero
+    metrics["verdict"] |= {"value": None, "note": "inconclusive. harmful side inconclusive"}
     assert outcome(sealed(one)).label == "inconclusive"
+    assert "The attack is too weak" in " ".join(outcome(one).details)
 
 
 def test_a_run_that_diverged_in_part_never_passes() -> None:

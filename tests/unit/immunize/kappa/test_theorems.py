@@ -30,7 +30,9 @@ def ill_limit(sigma):
     return 0.5 / (value**2 * float(sigma[-1]) * (1 - 1 / k))
 
 
-@pytest.mark.parametrize("lambda_p", [1.0, 0.0], ids=["well", "ill"])
+@pytest.mark.parametrize(
+    "lambda_p", [pytest.param(1.0, marks=pytest.mark.slow), 0.0], ids=["well", "ill"]
+)
 def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
     """`Kappa` as a user runs it: full batch, 1,000 plain steps at an η below the limit of the first
     step.

@@ -170,6 +170,7 @@ def test_repeats_bit_for_bit_and_recomputed_iterates_change_nothing():
     assert kept.info["constraint_residual"] < 1e-10
 
 
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_gradient():
     """At weights other than the module's own, where diffusers' checkpointing differentiates at the
     wrong ones.

@@ -26,6 +26,7 @@ from lab.core.seeding import derive
 from lab.core.types import same_weights
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
+OTHERS = ("joint", "imma", "compose", "mima_released")
 SEED = 1  # of draws whose kind, K and captions differ from concept to concept
 
 
@@ -34,7 +35,7 @@ plain = cache(lambda name: rows_of(preset(name)))  # read only
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("joint", "imma") else n for n in PRESETS],
+    [pytest.param(n, marks=pytest.mark.slow) if n in OTHERS else n for n in PRESETS],
 )
 def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     after, rows = plain(name)
@@ -67,8 +68,10 @@ def test_comparing_with_adaptation_alone_changes_no_other_figure():
     ("name", "changes"),
     [
         ("mima", {"merge": {"rule": "gated"}, "hypergradient": {"method": "first_order"}}),
-        ("mima_released", {}),
-        ("compose", {"hypergradient": {"method": "first_order"}}),
+        pytest.param("mima_released", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "compose", {"hypergradient": {"method": "first_order"}}, marks=pytest.mark.slow
+        ),
         pytest.param("mima_deep", {}, marks=pytest.mark.slow),  # online resumes all of it
         ("mima_deep", {"online": True}),
     ],

@@ -70,7 +70,7 @@ def _moved(factor: float, **changes):
     return made.gradient(theta, 4)
 
 
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("online", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_regret_is_the_benign_loss_against_the_original_after_the_same_attack(online):
     """None at θ_0; where the model learns the concept worse than the original, the gradient is the
     loss's own.

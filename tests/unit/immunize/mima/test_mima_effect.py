@@ -36,7 +36,7 @@ def after_attack(some):
         return float(denoiser.loss(own.outer.batch(16, 1, "test"), mark.weights))
 
 
-@pytest.mark.parametrize("name", ["mima", "mima_deep"])
+@pytest.mark.parametrize("name", [pytest.param("mima", marks=pytest.mark.slow), "mima_deep"])
 def test_the_loss_after_an_attack_rises(name):
     alone = with_targets(case().targets[:1])
     method = preset(name, steps=16, lr=5e-2, clip=None, w_prior=0.0, **FAST[name])

@@ -17,7 +17,7 @@ from lab.core.data import CaptionedImages
 unchanged = cache(lambda: rows_of(preset("mima_released", steps=1, prior="keep"))[1])
 
 
-@pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"prior": "class"}, marks=pytest.mark.slow)])
 def test_the_prior_has_the_images_of_its_source(changes):
     """A case whose unrelated images are exactly these gives the same run; the preset asks for
     both.

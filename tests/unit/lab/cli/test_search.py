@@ -68,6 +68,7 @@ def test_a_search_tries_the_preset_first_and_ends_with_a_front(cli, tmp_path):
     assert "immunize.lr=0.1" in (folder / "0-kappa/.hydra/overrides.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_command_proposes_the_same_trials(cli, tmp_path):
     cli("search.trials=4")
     first, _ = table(tmp_path)

@@ -59,6 +59,12 @@ def test_without_a_result_a_limit_or_a_gap_leaves_a_check_inconclusive(
     assert result_of(base | changes) == word
 
 
+def test_an_inconclusive_verdict_has_no_value():
+    path = ROOT / "outputs/records/house_price_table/kappa_corridor.json"
+    assert json.loads(path.read_text())["metrics"]["verdict"]["value"] == 0
+    assert record.read(path)["metrics"]["verdict"]["value"] is None
+
+
 def test_a_verdict_without_results_gets_them():
     old = json.loads((ROOT / "outputs/records/lite/undo.json").read_text()) | {"schema": "2.0"}
     now = record.read(ROOT / "outputs/records/lite/undo.json")

@@ -223,6 +223,7 @@ def test_error_rates_by_hand() -> None:
     assert facts["empty_with_object"] == 0.5
 
 
+@pytest.mark.slow
 def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
     import open_clip
 

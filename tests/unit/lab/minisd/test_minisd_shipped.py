@@ -10,6 +10,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from presets import composed
 
@@ -98,6 +99,7 @@ def test_latents_are_those_of_these_weights() -> None:
     assert (denoised() - stored).abs().max() <= 0.02
 
 
+@pytest.mark.slow
 def test_prompts_are_obeyed() -> None:
     images, detector = generated(), load_detector()
     assert detector.detects(images[len(SMOKE) :], "mosaic").sum() >= 3

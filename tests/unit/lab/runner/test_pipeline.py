@@ -90,7 +90,13 @@ class TinyConcepts(Scenario):
 
 
 @pytest.mark.parametrize(
-    "override", [{"steps": 3}, {"guidance": 1.0}, {"precision": "bfloat16"}, {"count": 5}]
+    "override",
+    [
+        {"steps": 3},
+        pytest.param({"guidance": 1.0}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"count": 5}, marks=pytest.mark.slow),
+    ],
 )
 def test_how_images_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(
     pipeline, override

@@ -84,7 +84,13 @@ def test_image_sets_are_disjoint_and_whole(name, split):
     assert all(len(s) == 3 for s in sets[: 3 * len(concepts(case))])
 
 
-@pytest.mark.parametrize("name", ["relearn_styles", "relearn_objects", "personalize"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relearn_styles",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("relearn_objects", "personalize")),
+    ],
+)
 def test_unrelated_prompts_are_new_and_speak_of_no_concept(name):
     (case,) = (
         built(name, **SMALL | {"unrelated": 64, "keep": 64, "regularizers": 200}).load(0).cases

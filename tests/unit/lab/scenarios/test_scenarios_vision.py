@@ -12,6 +12,7 @@ from lab.scenarios.vision import ImageFolders, OpenmojiMnist, _pools
 SMALL = {"size": 32, "train_rows": 70, "test_rows": 35}
 
 
+@pytest.mark.slow
 def test_openmoji_mnist_shapes_and_balance():
     scenario = OpenmojiMnist(**SMALL)
     data = scenario.load(0)
