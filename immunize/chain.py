@@ -12,7 +12,7 @@ from lab.core.config import Text, config
 from lab.core.data import Kind
 from lab.core.hashing import stage_key
 from lab.core.training import part_of
-from lab.core.types import Checkpoint, Immunizer, Log, clone
+from lab.core.types import AnyCase, Checkpoint, Immunizer, Log, Model, clone
 
 Row = tuple[int, dict[str, float]]
 
@@ -68,7 +68,7 @@ class Chain(Immunizer):
                 raise ValueError(f"methods.{name}: {fix}")
         return self
 
-    def check(self, cases: tuple[Any, ...]) -> None:
+    def check(self, cases: tuple[AnyCase, ...]) -> None:
         for method in self.methods.values():
             method.check(cases)
 
@@ -79,8 +79,8 @@ class Chain(Immunizer):
         return stage_key(**{name: m.fingerprint() for name, m in self.methods.items()})
 
     def __call__(
-        self, model: Any, case: Any, *, seed: int, checkpoint: Checkpoint | None, log: Log
-    ) -> Any:
+        self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
+    ) -> Model:
         rows: list[Row] = []
         first, saved = 0, None if checkpoint is None else checkpoint.load()
         if saved is not None and saved[1]["part"]:

@@ -101,6 +101,7 @@ CaseT = TypeVar("CaseT", default=Any)
 TaskT = TypeVar("TaskT", default=Any)
 CopyT = TypeVar("CopyT", bound=FeatureModel | TextToImageModel)
 ModelT_co = TypeVar("ModelT_co", covariant=True, default=Any)
+CaseT_contra = TypeVar("CaseT_contra", contravariant=True, default=Any)
 TaskT_contra = TypeVar("TaskT_contra", contravariant=True, default=Any)
 
 
@@ -126,14 +127,14 @@ class Scenario(ABC):
         return None
 
 
-class Backbone(ABC):
+class Backbone(ABC, Generic[ModelT_co, CaseT_contra]):
     """Builds the original model θ_0 of a case; called again, an equal, independent model."""
 
     name: str
     kind: ClassVar[Kind]
 
     @abstractmethod
-    def build(self, case: Any, seed: int) -> Any:
+    def build(self, case: CaseT_contra, seed: int) -> ModelT_co:
         """Return θ_0.
 
         Raises:

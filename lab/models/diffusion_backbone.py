@@ -36,7 +36,7 @@ UNUSED = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
 
 
 @config
-class DiffusionBackbone(Backbone):
+class DiffusionBackbone(Backbone[DiffusionModel, object]):
     """A text-to-image model θ_0 from safetensors weights in diffusers layout.
 
     Args:

@@ -45,7 +45,7 @@ class LinearExtractor(FeatureModel):
 
 
 @config
-class LinearBackbone(Backbone):
+class LinearBackbone(Backbone[LinearExtractor, Case]):
     """Builds θ_0 as wide as the case's inputs.
 
     Args:

@@ -192,7 +192,7 @@ def load_model(
 
 
 @config
-class VisionBackbone(Backbone):
+class VisionBackbone(Backbone[FeatureModel, Case]):
     """A deep feature extractor θ_0: a timm network without its classifier, as a chain of blocks.
 
     Args:
