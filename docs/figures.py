@@ -197,6 +197,12 @@ def target_share(records: str, images: int, rows: dict[str, str], columns: dict[
     return markdown([["Attack", "Baseline", *columns], *body])
 
 
+def with_verdict(records: str, verdict: str, *methods: str) -> str:
+    """Return the names of those of ``methods`` whose verdict it is: ``a``, ``b`` and ``c``."""
+    names = [f"`{m}`" for m in methods if score(records, m, "verdict") == verdict]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
+
+
 def median(records: str, method: str, curve: str) -> str:
     """Return the median of a curve of the immunized model, and its range."""
     values = [v for v in read(records, method)["curves"][curve]["immunized"] if v is not None]
@@ -278,6 +284,7 @@ FUNCTIONS = (
     share_after,
     target_share,
     median,
+    with_verdict,
     correlation,
     step_times,
     plain_attacks,
