@@ -57,8 +57,8 @@ def main() -> int:
         told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
         apart = (images.float() - first.float()).abs().mean().item()
         print(
-            f"{sampling.sampler} {sampling.steps:2} steps, {form}{sampling.precision:9} {wall:6.1f} s, "
-            f"{wall / spent:.2f} ×; {told}; "
+            f"{sampling.sampler} {sampling.steps:2} steps, {form}{sampling.precision:9} "
+            f"{wall:6.1f} s, {wall / spent:.2f} ×; {told}; "
             f"{apart:.1f} apart",
             flush=True,
         )
