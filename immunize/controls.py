@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -165,7 +166,7 @@ class StoredUnet(Immunizer):
 
     Args:
         path: the file, or the name of one that ships (``joint``); its metadata name the targets it
-            is immunized against.
+            is immunized against. ``{seed}`` stands for the seed: one file each.
 
     Raises:
         UserError: no such file, other layers, or a case with other targets.
@@ -176,20 +177,25 @@ class StoredUnet(Immunizer):
     path: Text
     name: Text = "stored"
 
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _paths(self, seed: int | Literal["*"] = "*") -> list[Path | str]:
+        """Return the file of ``seed``, or those of all."""
+        name = self.path.replace("{seed}", str(seed))
+        shipped = SHIPPED / f"{name}.safetensors"
+        return [shipped] if shipped.is_file() else [*sorted(glob(name))] or [name]
+
+    def _read(self, path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         fix = "is no U-Net that `python run.py action=export path=FILE.safetensors` wrote"
-        shipped = SHIPPED / f"{self.path}.safetensors"
-        path = shipped if shipped.is_file() else Path(self.path)
-        with as_user_error("immunize.path", self.path, fix), safe_open(path, "pt") as file:
+        with as_user_error("immunize.path", path, fix), safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads(file.metadata()[FACTS])
 
     def fingerprint(self) -> str:
-        tensors, facts = self._read()
-        return stage_key(tensors=digest(*tensors.values()), facts=facts)
+        files = [self._read(path) for path in self._paths()]
+        return stage_key(files=[(digest(*tensors.values()), facts) for tensors, facts in files])
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
-        immune = set(self._read()[1]["targets"])
+        facts = [self._read(path)[1] for path in self._paths()]
+        immune = set.intersection(*(set(each["targets"]) for each in facts))
         for case in cases:
             if missing := [c.name for c in case.targets if c.name not in immune]:
                 fix = f"is immunized against {', '.join(sorted(immune))}, not {', '.join(missing)}"
@@ -206,6 +212,6 @@ class StoredUnet(Immunizer):
     ) -> DiffusionModel:
         stored = model.copy()
         with as_user_error("immunize.path", self.path, "its layers are not the backbone's"):
-            tensors = {k: v.float() for k, v in self._read()[0].items()}
+            tensors = {k: v.float() for k, v in self._read(self._paths(seed)[0])[0].items()}
             stored.unet.load_state_dict(stored.unet.state_dict() | tensors)
         return stored
