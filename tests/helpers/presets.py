@@ -79,8 +79,8 @@ def composed(*overrides, config="config", **options):
         return compose(config, overrides=list(overrides), **options)
 
 
-# the empty list, a metric with a detector of its own, and methods that read weights which are not
-# included or fit MiniSD only
+# the empty list, a metric with a detector of its own, methods that read weights which are not
+# included or fit MiniSD only, and a chain of presets that are tested alone
 LEFT_OUT = {("attacks", "none"), ("eval", "false_positives")} | {
     ("immunize", name)
     for name in (
@@ -91,6 +91,7 @@ LEFT_OUT = {("attacks", "none"), ("eval", "false_positives")} | {
         "joint_stored_uce",
         "mima_deep_stored",
         "undo_mima_deep",
+        "mima_deep_joint",
         "retrained_joint",
         "retrained_mima_deep",
     )

@@ -94,6 +94,9 @@ def test_changed_tensors_alone_serve_as_an_immunizer(run_folder, exported, tmp_p
     assert 0 < len(stored) < len(whole)
     close = {"rtol": 1e-3, "atol": 1e-6, "check_dtype": False}
     torch.testing.assert_close(stored, {name: whole[name] for name in stored}, **close)
+    (tmp_path / "unet_1.safetensors").write_bytes(file.read_bytes())
+    by_seed = StoredUnet(path=str(tmp_path / "unet_{seed}.safetensors"))
+    assert by_seed.fingerprint() == method.fingerprint()
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no U-Net that"):
         StoredUnet(path=str(tmp_path / "bad.safetensors")).fingerprint()
