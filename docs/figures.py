@@ -58,7 +58,7 @@ def read(records: str, method: str) -> record.Stored:
 def round_number(value: float, show: str) -> str:
     """Return whole percent or two digits."""
     if "percent" in show or "points" in show:
-        return f"{100 * value:.0f}"
+        return f"{round(100 * value)}"
     value = float(f"{value:.2g}")
     return f"{value:,.0f}" if 10 <= abs(value) < 1e6 else f"{value:#.2g}"
 
