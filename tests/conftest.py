@@ -30,6 +30,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Quick tests go to the process that is free. Slow ones stay together by file: some share a
+    Slurm or what takes a minute to build.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    quick = config.option.markexpr == "not slow"
+    return WorkStealingScheduling(config, log) if quick else None  # None: --dist decides
+
+
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capfd):
     """`entry_point.call_entry` in a folder of its own."""
