@@ -20,9 +20,12 @@ EXIT_DEFECT, EXIT_USER = 1, 2
 
 def report_error(error: Exception) -> int:
     """Print one line for what a user can fix, a traceback for a defect; return the exit code."""
-    if isinstance(error, BrokenPipeError):  # `| head` reads no more; Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DEFECT
+    if isinstance(error, BrokenPipeError):
+        try:
+            print(flush=True)  # raises only where the pipe is the output's
+        except BrokenPipeError:  # `| head` reads no more; Python flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_DEFECT
     message = explain(error) or explain_config(error) or explain_launcher(error)
     if message is not None:
         print(f"error: {message}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Input that cannot work is refused with its key, and as early as it can be known."""
 
 import errno
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -108,6 +110,7 @@ class TerminatedWorkerError(Exception):
         (OSError(errno.ENOSPC, "", "/there"), 2, "/there: No space left on device"),
         (FileNotFoundError(errno.ENOENT, "", "lab/world.bin"), 1, "FileNotFoundError"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "batch_size"),
+        (BrokenPipeError(errno.EPIPE, "another pipe than the output"), 1, "another pipe"),
         (RuntimeError("shape mismatch"), 1, "RuntimeError: shape mismatch"),
         (ModuleNotFoundError("gone", name="open_clip.x"), 2, 'pip install "open_clip_torch"'),
         (ModuleNotFoundError("gone", name="optuna"), 2, '"immunization-bench[search]"'),
@@ -172,3 +175,10 @@ class Half:
 def test_a_class_that_is_no_attacker_or_not_there(target, message):
     with pytest.raises(UserError, match=message):
         parts(f"attacks.linear_probe._target_={target}")
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    """As in ``action=list | head``."""
+    command = f"{sys.executable} {ROOT / 'run.py'} action=list | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("experiment=\n", "")
