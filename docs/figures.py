@@ -30,6 +30,7 @@ from scipy.stats import spearmanr
 
 from eval.report.outcomes import count_checks
 from eval.report.words import UNMEASURED, bound
+from eval.stats.verdict_rule import WORDS
 from lab.core import record
 from lab.core.types import BASELINE, IMMUNIZED
 
@@ -90,8 +91,7 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
         return f"{passed} of {total}" if total else UNMEASURED
     item = stored["metrics"].get(metric, {"value": None})
     if metric == "verdict":
-        words = {1: "passes", 0: "fails", None: "inconclusive"}
-        return words[item["value"]] if metric in stored["metrics"] else stored["status"]
+        return WORDS[item["value"]] if metric in stored["metrics"] else stored["status"]
     return score_text(item, show)
 
 

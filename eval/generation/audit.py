@@ -43,7 +43,7 @@ from eval.stats.intervals import (
     score_share,
     score_worst,
 )
-from eval.stats.verdict_rule import Check, Result
+from eval.stats.verdict_rule import VALUES, Check, Result
 from lab.core.config import AsList, PositiveShare, Text, config
 from lab.core.data import Concept, ConceptCase
 from lab.core.errors import UserError
@@ -55,7 +55,6 @@ from lab.scorers.load import Scorers
 
 SHOWN, LEARNED, HELD, DIVERGED = "shown before", "learned", "not learned", "diverged"
 NOT_ATTACKED = Score(None, note="not attacked")
-VALUES: dict[Result, float | None] = {"passes": 1.0, "fails": 0.0, "inconclusive": None}
 Cosines = Annotated[tuple[Literal["features", "clip"], ...], AsList, Field(min_length=1)]
 Rates = Mapping[str, float]  # false_positive and false_negative
 

@@ -240,8 +240,8 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
 
     Order: complete runs before those that diverged in part; verdict; among those that pass (or have
     none) harmful slowdown and SGRC against the strongest attack, then RIR, or the steps to relearn
-    the least-protected target, then MSGR; among those that fail the number of checks passed, then
-    the slowdown of the least-protected target (of feature extractors the harmful slowdown).
+    the least-protected target, then MSGR; among the others the number of checks passed, then the
+    slowdown of the least-protected target (of feature extractors the harmful slowdown).
     """
     rows: list[Row] = []
     places = groups(records)

@@ -20,6 +20,7 @@ from eval.report.words import (
     percent,
     sentence,
 )
+from eval.stats.verdict_rule import WORDS
 from lab.core.record import is_immunized
 
 Tone = Literal["good", "bad", "undecided", "neutral", "error"]
@@ -108,7 +109,7 @@ def limit_of(records: Sequence[Record], name: str) -> tuple[str, float] | None:
 def verdict_word(record: Record) -> str:
     """Return passes, fails or inconclusive for an immunized record with figures."""
     verdict = record["metrics"].get("verdict") or {"value": None}
-    return {1: "passes", 0: "fails", None: "inconclusive"}[verdict["value"]]
+    return WORDS[verdict["value"]]
 
 
 def _is_attack_too_weak(metrics: dict[str, Metric]) -> bool:

@@ -19,6 +19,9 @@ from lab.core.types import AnyCase, RunView, Score, Scores
 Rule = Literal["≥", "≤", "<", "low >"]
 StepsRatio = Annotated[float, Field(strict=True, ge=1)]  # of steps
 Result = Literal["passes", "fails", "inconclusive"]
+# of the metric ``verdict``
+VALUES: dict[Result, float | None] = {"passes": 1.0, "fails": 0.0, "inconclusive": None}
+WORDS = {value: word for word, value in VALUES.items()}
 COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "low >": operator.gt}
 
 
@@ -153,8 +156,7 @@ def verdict_scores(
     result = "fails" if lost else verdict_result(checks)
     sides = ", ".join(f"{side} side {side_result(checks, side)}" for side in ROLES)
     reason = ". ".join(filter(None, (result, failed, sides, remark)))
-    value = {"passes": 1.0, "fails": 0.0}.get(result)
-    verdict = Score(value, n=len(held), note=reason)
+    verdict = Score(VALUES[result], n=len(held), note=reason)
     note = joined("share of seeds × cases where the verdict holds", failed)
     share = score_samples(held, "higher", "no case", note=note, bounds=SHARE)
     return Scores(

@@ -20,8 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 
-from eval.generation.audit import VALUES
 from eval.generation.scoring import encode
+from eval.stats.verdict_rule import WORDS
 from lab.core import record as records
 from lab.core.errors import UserError, as_user_error, call_all, nearest
 from lab.core.hashing import state_hash, write_atomically
@@ -36,7 +36,6 @@ from lab.runner.experiment import run_once
 from lab.scenarios.concept_folders import read_entries
 
 SCHEMA_VERSION = "1.0"
-_WORDS = {value: verdict for verdict, value in VALUES.items()}
 log = logging.getLogger(__name__)
 
 
@@ -184,7 +183,7 @@ def summarize(
     ]
     return {
         "schema": SCHEMA_VERSION,
-        "verdict": _WORDS[verdict["value"]],
+        "verdict": WORDS[verdict["value"]],
         "headline": verdict["note"],
         "checkpoint": {"path": config["backbone"]["path"], "unet_sha256": unet},
         "steps": config["budget"]["horizon"] * config["budget"]["multiple"],

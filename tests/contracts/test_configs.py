@@ -8,6 +8,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
+from marks import with_slow
 from omegaconf import OmegaConf
 
 from lab.cli.search import Plan
@@ -98,9 +99,7 @@ def test_the_parts_of_every_experiment_fit(name):
 FORMS = ("lite", "merge_ablation", "kappa_options", "tune_mima_deep")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in FORMS else pytest.param(n, marks=pytest.mark.slow) for n in names("sweeps")]
-)
+@pytest.mark.parametrize("name", with_slow(names("sweeps"), {*names("sweeps")} - {*FORMS}))
 def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
     text = (ROOT / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")
     sweep = OmegaConf.create(text)

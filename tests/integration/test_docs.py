@@ -159,7 +159,7 @@ def test_the_commands_of_the_help_compose():
     path = ROOT / "conf/hydra/help/bench.yaml"
     text = OmegaConf.to_container(OmegaConf.load(path), resolve=False)["template"]
     commands = re.findall(r"^ +python run\.py (?!action|--)(.*?)(?:  .*)?$", text, flags=re.M)
-    assert commands
+    assert len(commands) == 5
     for command in commands:
         check_composes(command.split())
 
@@ -242,7 +242,7 @@ def test_the_site_builds_without_warnings_and_asks_nothing_of_others(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
-    assert pages
+    assert len(pages) >= 25
     for page in pages:
         reader = Requests()
         reader.feed(page.read_text(encoding="utf-8"))

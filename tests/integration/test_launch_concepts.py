@@ -13,7 +13,7 @@ RUN = [
     "experiment=relearn",
     "scenario=relearn_quick",
     "immunize=mima",
-    "immunize.steps=3",
+    "immunize.steps=6",
     "immunize.batch_size=1",
     "immunize.prior_batch_size=1",
     "attacks=none",
@@ -53,7 +53,7 @@ def run(folder, processes):
     return immunized(folder), found_records(folder)[0]
 
 
-def test_1_2_and_3_processes_give_the_same_weights_after_3_steps(tmp_path):
+def test_1_2_and_3_processes_give_the_same_weights_after_6_steps(tmp_path):
     """Of three processes, two have a concept each; the third takes part in what all compute."""
     alone, record = run(tmp_path / "1", 1)
     for processes in (2, 3):

@@ -19,6 +19,7 @@ from concept_examples import (
     trained,
     unbroken,
 )
+from marks import with_slow
 from pydantic import ValidationError
 from tiny_diffusion import tiny_case, tiny_diffusion
 
@@ -32,8 +33,7 @@ from lab.core.seeding import generator
 from lab.core.types import Budget
 
 NAMES = sorted(attackers())
-LONG = ("curriculum", "lora_text")
-CASES = [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES]
+CASES = with_slow(NAMES, ("curriculum", "lora_text"))
 
 
 @pytest.mark.parametrize("name", CASES)

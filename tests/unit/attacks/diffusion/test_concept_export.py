@@ -5,6 +5,7 @@ snapshot.
 import pytest
 from concept_examples import SAMPLING, fresh_pipeline, model, task, unbroken
 from diffusers import UNet2DConditionModel
+from marks import with_slow
 from safetensors.torch import load_file
 
 from attacks.diffusion.export import export
@@ -33,12 +34,7 @@ FILES = {
 }
 
 
-OTHERS = ("curriculum", "full_finetune")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in OTHERS else n for n in FILES]
-)
+@pytest.mark.parametrize("name", with_slow(FILES, ("curriculum", "full_finetune")))
 def test_diffusers_loads_every_file_of_an_attack(name, tmp_path):
     folder = tmp_path / "attack"
     written = export(unbroken(name), folder)

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from attack_examples import MemoryCheckpoint, interrupted
+from marks import with_slow
 from mima_examples import (
     LORA,
     PRESETS,
@@ -26,7 +27,6 @@ from lab.core.seeding import derive
 from lab.core.types import same_weights
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
-OTHERS = ("joint", "imma", "compose", "mima_released")
 SEED = 1  # of draws whose kind, K and captions differ from concept to concept
 
 
@@ -35,7 +35,7 @@ plain = cache(lambda name: rows_of(preset(name)))  # read only
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in OTHERS else n for n in PRESETS],
+    with_slow(PRESETS, ("joint", "imma", "compose", "mima_released")),
 )
 def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     after, rows = plain(name)

@@ -84,10 +84,16 @@ def config(root: Path, **changes) -> DictConfig:
 @pytest.fixture(scope="module", autouse=True)
 def _same_mode_afterwards():
     before = torch.are_deterministic_algorithms_enabled()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lab.minisd.train.degenerate._STEPS", 2)  # of 18 models to destroy
-        yield
+    yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_steps_to_destroy_a_model():
+    """Of 18 models, whose images the detector is measured on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lab.minisd.train.degenerate._STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

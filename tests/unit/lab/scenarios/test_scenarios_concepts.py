@@ -7,6 +7,7 @@ from itertools import chain
 import pytest
 import torch
 from hydra.utils import instantiate
+from marks import with_slow
 from omegaconf import OmegaConf
 from scenario_configs import config, hashes
 
@@ -86,10 +87,9 @@ def test_image_sets_are_disjoint_and_whole(name, split):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "relearn_styles",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("relearn_objects", "personalize")),
-    ],
+    with_slow(
+        ("relearn_styles", "relearn_objects", "personalize"), ("relearn_objects", "personalize")
+    ),
 )
 def test_unrelated_prompts_are_new_and_speak_of_no_concept(name):
     (case,) = (
