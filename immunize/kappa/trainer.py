@@ -33,7 +33,7 @@ from lab.core.errors import Diverged, UserError, nearest
 from lab.core.seeding import batch_rows, derive
 from lab.core.training import Row, restore_state, schedule_factor, state_tensors, train
 from lab.core.types import Budget, Checkpoint, FeatureModel, Immunizer, Log
-from lab.models.activations import prefix
+from lab.models.activations import features, prefix
 
 TINY = 1e-300
 HEAD_STEP = 0.5  # heads move by this share of their stable step 1/L, so that they cannot diverge
@@ -57,7 +57,10 @@ class GradientImmunizer(Immunizer[FeatureModel, Case]):
         batch_size: rows of each task per step.
         lr_schedule: ``constant`` or ``cosine`` to 0.
         optimizer: ``plain`` θ ← θ − η·gradient (Alg. 1) or ``adam`` (the release).
-        layers: blocks that move, by name or as a count from the end; all if None.
+        layers: blocks that move, by name or as a count; all if None.
+        layer_choice: which blocks a count takes: the ``last`` ones, or those whose ``gradient`` of
+            the harmful loss is largest relative to that of the benign loss
+            (`blocks_by_gradient`).
         log_points: about how many times κ of the whole training data is measured.
         checkpoint_every: steps between saved states.
     """
@@ -72,6 +75,7 @@ class GradientImmunizer(Immunizer[FeatureModel, Case]):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     optimizer: Literal["plain", "adam"] = "plain"
     layers: Count | Layers | None = None
+    layer_choice: Literal["last", "gradient"] = "last"
     log_points: Annotated[int, Field(strict=True, ge=2)] = 25
     checkpoint_every: Count = 200
 
@@ -330,6 +334,31 @@ def resolve_layers(model: FeatureModel, layers: Sequence[str] | int | None) -> l
     return sorted(map(names.index, count))
 
 
+def blocks_by_gradient(model: FeatureModel, case: Case) -> list[str]:
+    """Return the names of the blocks with weights, those that a harmful attack moves most first.
+
+    The measure is ‖∂L_H/∂θ_b‖ ÷ ‖∂L_P/∂θ_b‖ over all weights θ_b of a block, at θ_0, with heads
+    fitted to its features; L are mean losses over all training rows, and of several harmful tasks
+    the largest norm counts.
+    """
+    net = copy.deepcopy(model).requires_grad_(True)
+    blocks = dict(zip(net.block_names, net.blocks, strict=True))
+    squares: dict[str, list[float]] = {name: [] for name in blocks}
+    for task in case.tasks:
+        y = features(model, task.train.x)
+        head = Head(task, y.shape[1])
+        head.fit(y)
+        net.zero_grad()
+        for rows in torch.arange(len(y)).split(CHUNK):
+            loss = head.value(net(task.train.x[rows]).double(), rows, head.w)
+            (loss * len(rows) / len(y)).backward()
+        for name, block in blocks.items():
+            slopes = [p.grad for p in block.parameters() if p.grad is not None]
+            squares[name].append(sum(float(slope.square().sum()) for slope in slopes))
+    ratios = {name: max(harm) / max(benign, TINY) for name, (benign, *harm) in squares.items()}
+    return sorted(filter(ratios.get, ratios), key=ratios.__getitem__, reverse=True)
+
+
 class KappaTrainer(ABC):
     """Descends an objective on a copy of ``model`` (a `Trainee`).
 
@@ -344,7 +373,10 @@ class KappaTrainer(ABC):
     ) -> None:
         self.options, self.case, self.seed = options, case, seed
         kind = LinearEngine if model.kind == "linear" else DeepEngine
-        self.engine: LinearEngine | DeepEngine = kind(model, case, options.layers)
+        layers: Sequence[str] | int | None = options.layers
+        if isinstance(layers, int) and options.layer_choice == "gradient":
+            layers = blocks_by_gradient(model, case)[:layers]
+        self.engine: LinearEngine | DeepEngine = kind(model, case, layers)
         rows = len(case.benign.train)
         self.steps = options.steps or options.epochs * (rows // min(options.batch_size, rows))
         optimizer = torch.optim.Adam if options.optimizer == "adam" else torch.optim.SGD

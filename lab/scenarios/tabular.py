@@ -87,16 +87,12 @@ def read_csv(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, low_memory=False)
 
 
-def pair_of_tasks(
-    name: str,
-    benign: Task,
-    harmful: Task,
-    notes: tuple[str, ...],
-    credit: str = ScenarioData.credit,
+def one_case(
+    name: str, tasks: Sequence[Task], notes: tuple[str, ...], credit: str = ScenarioData.credit
 ) -> ScenarioData:
-    """Return two tasks as one case with the hash of their tensors."""
-    tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
-    return ScenarioData((Case(name, benign, (harmful,)),), notes, digest(*tensors), credit)
+    """Return ``tasks``, the benign one first, as one case with the hash of their tensors."""
+    tensors = [t for task in tasks for s in (task.train, task.test) for t in (s.x, s.y)]
+    return ScenarioData((Case(name, tasks[0], (*tasks[1:],)),), notes, digest(*tensors), credit)
 
 
 @dataclass(frozen=True)
@@ -337,7 +333,7 @@ class Tabular(Scenario):
             for role, part in zip(_ROLES, np.split(x, [len(targets["benign"])]), strict=True)
         )
         credit = ScenarioData.credit if self.path is not None else CREDIT
-        return pair_of_tasks(self.name, benign, harmful, tuple(notes), credit)
+        return one_case(self.name, (benign, harmful), tuple(notes), credit)
 
     def _frames(self) -> tuple[list[pd.DataFrame], list[str]]:
         """Return the rows of D_P and of D_H."""

@@ -1,5 +1,5 @@
-"""Image classification: OpenMoji groups (D_P) against MNIST digits or the subgroups of one more
-group (D_H), from the package index alone, and any two image folders.
+"""Image classification: OpenMoji groups (D_P) against MNIST digits and subgroups of other groups
+(D_H), from the package index alone, and any two image folders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from lab.core.config import Text, config
+from lab.core.config import Names, Text, config
 from lab.core.data import Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.images import SUFFIXES, read_image, stack
@@ -27,7 +27,7 @@ from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.models.vision import ImageSize
 from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
 from lab.scenarios.mnist import digits, shuffled_digits
-from lab.scenarios.tabular import TestShare, pair_of_tasks
+from lab.scenarios.tabular import TestShare, one_case
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 _DIGITS = "digits"
@@ -93,7 +93,7 @@ class ImageFolders(Scenario):
     def load(self, seed: int) -> ScenarioData:
         benign, first = self._task("benign", self.benign_name, self.benign_path, seed)
         harmful, second = self._task("harmful", self.harmful_name, self.harmful_path, seed)
-        return pair_of_tasks(self.name, benign, harmful, (first, second))
+        return one_case(self.name, (benign, harmful), (first, second))
 
     def _task(self, role: Role, name: str, path: str, seed: int) -> tuple[Task, str]:
         """Return the task and a note on its images."""
@@ -152,11 +152,11 @@ class OpenmojiMnist(Scenario):
     drink, people, … An emoji is drawn on a two-colour gradient at a random place and scale,
     sometimes mirrored. Test rows show emoji that no training row shows, so accuracy measures the
     group and not the drawing. MNIST digits are enlarged to the same size and repeated over three
-    channels; test digits are no training digits. Where D_H is a group, D_P has the six others, and
-    the subgroups with at least ten emoji are the classes of D_H, drawn in the same way.
+    channels; test digits are no training digits. A group that is a harmful task is left out of D_P;
+    its subgroups with at least ten emoji are the classes of D_H, drawn in the same way.
 
     Args:
-        harmful: ``digits``, or the name of a group, e.g. ``animals-nature``.
+        harmful: one task or several: ``digits``, or the name of a group, e.g. ``animals-nature``.
         size: side of the images in pixels.
         train_rows, test_rows: rows per task; classes are balanced to one row.
     """
@@ -165,28 +165,34 @@ class OpenmojiMnist(Scenario):
     size: ImageSize = 96
     train_rows: Annotated[int, Field(strict=True, ge=20)] = 2000  # so that every class has rows
     test_rows: Annotated[int, Field(strict=True, ge=20)] = 500
-    harmful: Text = _DIGITS
+    harmful: Annotated[Names, Field(min_length=1)] = (_DIGITS,)
     name: Text = "openmoji_mnist"
 
     def __post_init__(self) -> None:
         choices = {_DIGITS, *(emoji.group for emoji in catalog())}
-        if self.harmful not in choices:
-            raise UserError("scenario.harmful", self.harmful, nearest(self.harmful, choices))
-        if self.harmful == _DIGITS and self.train_rows + self.test_rows > 5000:
+        for name in self.harmful:
+            if name not in choices:
+                raise UserError("scenario.harmful", name, nearest(name, choices))
+        if _DIGITS in self.harmful and self.train_rows + self.test_rows > 5000:
             fix = f"there are 5,000 digits, and test_rows={self.test_rows}; lower one of both."
             raise UserError("scenario.train_rows", self.train_rows, fix)
 
     def load(self, seed: int) -> ScenarioData:
-        groups = sorted({emoji.group for emoji in catalog()} - {self.harmful})
+        groups = sorted({emoji.group for emoji in catalog()} - {*self.harmful})
         benign, notes = self._emoji_task("openmoji", "benign", groups, "group", seed)
-        if self.harmful == _DIGITS:
-            train, test = self._digits(seed)
-            harmful = Task("mnist", "harmful", "classification", train, test, classes=10)
-            return pair_of_tasks(self.name, benign, harmful, (*notes, CREDIT), MNIST_CREDIT)
-        sizes = Counter(e.subgroup for e in catalog() if e.group == self.harmful)
-        large = sorted(name for name, size in sizes.items() if size >= _FEWEST)
-        harmful, more = self._emoji_task(self.harmful, "harmful", large, "subgroup", seed)
-        return pair_of_tasks(self.name, benign, harmful, (*notes, *more, CREDIT))
+        tasks = [benign]
+        for harmful in self.harmful:
+            if harmful == _DIGITS:
+                train, test = self._digits(seed)
+                tasks.append(Task("mnist", "harmful", "classification", train, test, classes=10))
+                continue
+            sizes = Counter(e.subgroup for e in catalog() if e.group == harmful)
+            large = sorted(name for name, size in sizes.items() if size >= _FEWEST)
+            task, more = self._emoji_task(harmful, "harmful", large, "subgroup", seed)
+            tasks.append(task)
+            notes += more
+        credit = MNIST_CREDIT if _DIGITS in self.harmful else ScenarioData.credit
+        return one_case(self.name, tasks, (*notes, CREDIT), credit)
 
     def _emoji_task(
         self, name: str, role: Role, classes: list[str], level: str, seed: int

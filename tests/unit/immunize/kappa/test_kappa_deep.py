@@ -7,7 +7,7 @@ from attack_examples import interrupted
 from small_cases import TinyNet, deep_case, immunize, linear_case, randn
 
 from immunize.kappa.method import Kappa, KappaImma, KappaOpt
-from immunize.kappa.trainer import Head
+from immunize.kappa.trainer import Head, blocks_by_gradient
 from lab.core.condition import condition_number, row_groups
 from lab.core.errors import UserError
 from lab.core.seeding import derive
@@ -67,6 +67,31 @@ def test_logged_kappa_is_the_grouped_mean():
 def test_layers_that_the_model_lacks_are_refused():
     with pytest.raises(UserError, match=r"immunize\.layers"):
         immunize(MAKERS["kappa"](layers=["lst"]), deep_case(), TinyNet())
+
+
+def test_choice_of_layers_by_gradient():
+    case, model = deep_case(n=100), TinyNet()
+    ratios = []
+    for task in case.tasks:
+        head = Head(task, 8)
+        head.fit(model(task.train.x).detach())
+        loss = F.cross_entropy(model(task.train.x).double() @ head.w, task.train.y)
+        slopes = torch.autograd.grad(loss, tuple(model.parameters()))  # weight and bias by turns
+        ratios.append(
+            [
+                torch.cat([w.flatten(), b]).norm()
+                for w, b in zip(slopes[::2], slopes[1::2], strict=True)
+            ]
+        )
+    ranked = (torch.tensor(ratios[1]) / torch.tensor(ratios[0])).argsort(descending=True)
+    names = [model.block_names[i] for i in ranked]
+    assert blocks_by_gradient(model, case) == names != list(model.block_names[::-1])
+    _, trained, _ = immunize(MAKERS["kappa"](layers=1, layer_choice="gradient"), case, model)
+    moved = [
+        not all(map(torch.equal, a.parameters(), b.parameters()))
+        for a, b in zip(trained.blocks, model.blocks, strict=True)
+    ]
+    assert moved == [name == names[0] for name in model.block_names]
 
 
 # resume

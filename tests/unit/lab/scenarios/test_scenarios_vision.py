@@ -50,6 +50,14 @@ def test_a_group_of_the_same_world_is_harmful():
     assert "animals-nature" in refused.value.fix
 
 
+def test_several_harmful_tasks():
+    (case,) = OpenmojiMnist(**SMALL, harmful=["digits", "animals-nature"]).load(0).cases
+    (animals,) = OpenmojiMnist(**SMALL, harmful="animals-nature").load(0).cases
+    assert [task.name for task in case.harmful] == ["mnist", "animals-nature"]
+    assert torch.equal(case.benign.train.x, animals.benign.train.x)  # without that group
+    assert torch.equal(case.harmful[1].train.x, animals.harmful[0].train.x)
+
+
 def fill(path, classes=2, count=10, base=0):
     for c in range(classes):
         (path / f"class{c}").mkdir(parents=True)
