@@ -79,9 +79,9 @@ def composed(*overrides, config="config", **options):
         return compose(config, overrides=list(overrides), **options)
 
 
-# the empty list, a metric with a detector of its own, methods that read weights which are not
-# included or fit MiniSD only, and a chain of presets that are tested alone
-LEFT_OUT = {("attacks", "none"), ("eval", "false_positives")} | {
+# the empty list, metrics with a detector of their own or a text encoder, methods that read weights
+# which are not included or fit MiniSD only, and a chain of presets that are tested alone
+LEFT_OUT = {("attacks", "none"), ("eval", "false_positives"), ("eval", "target_similarity")} | {
     ("immunize", name)
     for name in (
         "retrained",
