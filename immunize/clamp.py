@@ -190,11 +190,10 @@ class ClampObjective(Objective):
         """
         o, concept = self.config, self.concepts[n]
         batch = self.draw_batch(concept.inner, concept, None, step, "lower")
-        names = scope_names(self.unet, o.inner_loop.scope, "immunize.inner_loop.scope")
         attack = InnerLoop(
             o.inner_loop,
             theta,
-            names,
+            scope_names(self.unet, o.inner_loop.scope, "immunize.inner_loop.scope"),
             lambda weights, _: self.denoiser.loss(batch, weights),
             n,
             seed=derive(self.seed, "clamp", "factors", concept.name, step),
@@ -271,11 +270,10 @@ class ClampTrainer(TaskTrainer):
         ω_K.
         """
         o, head = self.options, self.heads[task]
-        lr = o.inner_step / max(head.lipschitz(y.detach()), TINY)
         gain, first, row, end = predicted_gain(
             lambda omega: head.value(y, rows, omega["w"]),
             {"w": head.w.clone().requires_grad_()},
-            lr,
+            o.inner_step / max(head.lipschitz(y.detach()), TINY),
             o.inner_steps,
             o,
         )

@@ -136,8 +136,7 @@ class OtherWeights(Immunizer):
         log: Log,
     ) -> DiffusionModel:
         path = self.paths[seed % len(self.paths)]
-        folder = locate_folder(path, "immunize.paths")
-        unseen = self._unseen(folder)
+        unseen = self._unseen(locate_folder(path, "immunize.paths"))
         seen = [c.name for c in case.targets if c.name not in unseen]
         if seen and self.never_saw_targets:
             fix = f"its model was trained on {', '.join(seen)} ({RECORD}), a target here"

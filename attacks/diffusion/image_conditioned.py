@@ -72,9 +72,8 @@ class ImageConditioned(ConceptAttack):
             return inputs, self.call(module, inputs, extra, features[rows])
 
         hook = model.unet.register_forward_pre_hook(prepare, with_kwargs=True)
-        parameters = {f"{self.kind}.{name}": p for name, p in module.named_parameters()}
         return Moving(
-            parameters,
+            {f"{self.kind}.{name}": p for name, p in module.named_parameters()},
             lambda _: self.named(module),
             close=hook.remove,
             condition=condition,

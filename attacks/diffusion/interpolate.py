@@ -44,8 +44,7 @@ class Interpolation(ConceptAttack):
         """Return the U-Net's parameters of the base."""
         loaded = load_folder(self.base, f"{self.key}.base").to(model.device)
         base = dict(loaded.unet.named_parameters())
-        own = dict(model.unet.named_parameters())
-        check_layers(own, base, f"{self.key}.base", self.base)
+        check_layers(dict(model.unet.named_parameters()), base, f"{self.key}.base", self.base)
         return {f"unet.{name}": p.detach() for name, p in base.items()}
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:

@@ -82,8 +82,7 @@ class ConceptLora(ConceptAttack):
                     for name, module in net.named_modules()
                     if re.fullmatch(pattern, name) and isinstance(module, nn.Linear | nn.Conv2d)
                 ]
-                g = generator(seed, "lora", part)
-                tuners.append(inject(net, layers, self.rank, alpha, g))
+                tuners.append(inject(net, layers, self.rank, alpha, generator(seed, "lora", part)))
                 parameters |= {f"{part}.{name}": p for name, p in adapters(net).items()}
 
         def scaled(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -110,8 +110,7 @@ class Convergence(RunMetric):
             out[f"norm_ratio_{end}{suffix}_ratio"] = ratio.score(better, aggregate="geomean")
         quantities = {"slowdown": "auto"} | ({"slowdown_loss": LOSS} if with_norm else {})
         for key, quantity in quantities.items():
-            worst = slowdowns(run, attacks, role, quantity)
-            out[f"{key}_{end}"] = worst.score(better, **SLOWDOWN)
+            out[f"{key}_{end}"] = slowdowns(run, attacks, role, quantity).score(better, **SLOWDOWN)
         reason = f"the baseline's performance never reaches {self.rfd_smallest}"
         for signed, key, bounds in ((False, "rfd", POSITIVE), (True, "rfd_signed", UNBOUNDED)):
             figure = worst_task(run, role, partial(_rfd, signed, self.rfd_smallest))

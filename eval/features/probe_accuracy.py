@@ -83,8 +83,7 @@ class ProbeAccuracy(RunMetric):
             gap = each_worst(run, attacks, role, partial(sgrc, run, role, step), NO_SGRC)
             out[f"sgrc_{role}_{name}{end}"] = gap.score(PROTECTED[role], bounds=(-math.inf, 1.0))
         worst = slowdowns(run, attacks, role, ACCURACY, self.target_share)
-        slowdown = worst.score(PROTECTED[role], **SLOWDOWN)
-        return {**out, f"slowdown_accuracy_{role}_{name}": slowdown}
+        return {**out, f"slowdown_accuracy_{role}_{name}": worst.score(PROTECTED[role], **SLOWDOWN)}
 
     def _steps(self, run: RunView, attack: str, role: Role, model: str) -> Score:
         """Return the steps until a share of the accuracy that the baseline reached at 1×; of

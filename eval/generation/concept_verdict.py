@@ -241,8 +241,7 @@ def _remark(evaluated: EvaluatedRun, threshold: float, quantity: str, basis: str
         return None  # prompts of objects, for one, name nothing else
     mean, worst = map(figure_text, _ratios(evaluated, "harmful", threshold, quantity))
     at, models = evaluated.horizon_index, evaluated.model_names
-    cells = evaluated.cells("harmful")
-    units = [evaluated.best_unit(cell, models, quantity, at) for cell in cells]
+    units = [evaluated.best_unit(cell, models, quantity, at) for cell in evaluated.cells("harmful")]
     baseline, immunized = np.mean([unit.value for unit in units], axis=0)
     return (
         f"not required: {basis}, steps {mean} × the baseline's, least-protected target {worst}, "

@@ -407,8 +407,7 @@ def ratio_score(ratios: Sequence[Ratio], better: Better, *notes: str | None) -> 
     """
     known = [r for r in ratios if r.unit is not None]
     unknown = list(dict.fromkeys(r.concept for r in ratios if r.unit is None))
-    dropped = len(ratios) - len(known)
-    count = f" ({dropped} of {len(ratios)} left out)" if known else ""
+    count = f" ({len(ratios) - len(known)} of {len(ratios)} left out)" if known else ""
     reason = "the baseline never relearned it, or showed it before the attack"
     left = f"not measured for {', '.join(unknown)}{count}: {reason}" if unknown else None
     if not known:
@@ -448,8 +447,7 @@ def model_steps_score(
     """Return the steps to relearn of one model, geometric mean."""
     each = [relearned(evaluated, cell, model, threshold) for cell in cells]
     units = [r.unit(cell.seed) for r, cell in zip(each, cells, strict=True)]
-    unit = evaluated.budget.unit
-    return steps_score(units, each, better, unit, evaluated.notes("harmful"))
+    return steps_score(units, each, better, evaluated.budget.unit, evaluated.notes("harmful"))
 
 
 def ratios_of(

@@ -363,8 +363,7 @@ def curves(evaluated: EvaluatedRun, similarity: str) -> dict[str, dict[str, Any]
         for concept in evaluated.concepts(role):
             lines = evaluated.curve_units(role, concept, similarity)
             label = f"similarity to {concept} ({similarity})"
-            name = f"similarity_{similarity}_{slug(concept)}"
-            out[name] = band(lines, evaluated.plan, x, label)
+            out[f"similarity_{similarity}_{slug(concept)}"] = band(lines, evaluated.plan, x, label)
         if cells := evaluated.cells(role):
             units = [
                 evaluated.best_unit(c, models, similarity, "curve", relative_gap) for c in cells

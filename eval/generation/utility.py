@@ -144,8 +144,7 @@ class Utility(ImageMetric):
             suffix = f"_guidance_{scale:g}".replace(".", "_")
             out.append(Setting(suffix, prompts, images, replace(own, guidance=scale)))
         if self.negative:
-            sampling = replace(own, negative=self.negative)
-            out.append(Setting("_negative", prompts, images, sampling))
+            out.append(Setting("_negative", prompts, images, replace(own, negative=self.negative)))
         if self.compositions:
             out.append(Setting("_compositions", self.compositions, None, own))
         return out
@@ -304,14 +303,13 @@ class Painter:
         blocks = []
         for number, start in enumerate(range(0, len(prompts), BLOCK)):
             block = list(prompts[start : start + BLOCK])
-            settings = asdict(replace(sampling, count=1))
             key = stage_key(
                 model=self.key,
                 case=self.case.name,
                 seed=self.seed,
                 number=number,
                 prompts=block,
-                sampling=settings,
+                sampling=asdict(replace(sampling, count=1)),
             )
             compute = partial(self._paint_block, block, number, sampling)
             blocks.append(self.run.cached(key, compute)["images"])

@@ -264,10 +264,9 @@ def _order(row: Row) -> tuple[float, ...]:
     values = [-math.inf if (value := row.value(name)) is None else value for name in names]
     if is_checked and not passes:
         values = [row.checks[0], max(values)]
-    diverged = row.record["status"] == "diverged"
     return (
         not row.is_ranked,
-        diverged,
+        row.record["status"] == "diverged",
         not is_checked,
         not passes,
         *(-value for value in values),

@@ -69,8 +69,7 @@ def to_csv(objectives: dict[str, str], trials: Sequence[Trial], best: set[int]) 
         failure = " ".join((trial.failure or "").split())
         row = {"trial": trial.number, "front": int(trial.number in best), "failure": failure}
         for (name, metric), part in product(objectives.items(), ("value", "low", "high")):
-            score = trial.metrics.get(name, {})
-            row[f"{metric}_{part}".removesuffix("_value")] = score.get(part)
+            row[f"{metric}_{part}".removesuffix("_value")] = trial.metrics.get(name, {}).get(part)
         rows.append(row | {option: typed(value) for option, value in trial.values.items()})
     return str(pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))
 

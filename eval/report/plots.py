@@ -148,8 +148,7 @@ def lines_plot(
         axes.axhline(reference, color=COLORS["ink"], linewidth=0.7, alpha=0.6)
     if mark is not None:
         axes.axvline(mark[0], color=COLORS["ink"], linewidth=0.7, alpha=0.5, linestyle=":")
-        top = axes.get_xaxis_transform()
-        axes.text(mark[0], 0.02, f" {mark[1]}", transform=top, fontsize=8)
+        axes.text(mark[0], 0.02, f" {mark[1]}", transform=axes.get_xaxis_transform(), fontsize=8)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, clip[0]), min(high, clip[1]))
     return to_svg(fig, f"{title}: {y} against {x}")

@@ -34,8 +34,7 @@ class _PartOfRun:
 
 def one_case(run: RunView, seed: int, case: AnyCase) -> RunView:
     """Return the part of one seed and case."""
-    part = _PartOfRun(run, seeds=(seed,), diverged={}, cases=lambda seed: (case,))
-    return cast(RunView, part)
+    return cast(RunView, _PartOfRun(run, seeds=(seed,), diverged={}, cases=lambda seed: (case,)))
 
 
 def read_once(run: RunView) -> RunView:

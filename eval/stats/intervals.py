@@ -232,8 +232,7 @@ def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
             concept = rng.integers(0, len(group), len(where))
             for c, unit in enumerate(group):
                 drawn, size = concept == c, len(unit.rows)
-                shares = np.full(size, 1 / size)
-                weights = rng.multinomial(size, shares, int(drawn.sum())) / size
+                weights = rng.multinomial(size, np.full(size, 1 / size), int(drawn.sum())) / size
                 sums[drawn] += unit.figure(weights @ unit.rows)[:, :figures]
         totals[where[:, 0], where[:, 1]] = sums / len(group)
     return totals.mean(1)

@@ -74,8 +74,7 @@ class KappaAttention(Immunizer[DiffusionModel, ConceptCase]):
             after = self._train(before, harmful, directions)
             for role, matrices in (("benign", [benign]), ("harmful", harmful)):
                 for x in matrices:
-                    ratio = dominance(x @ after) / dominance(x @ before)
-                    growth[role].append(math.log(ratio))
+                    growth[role].append(math.log(dominance(x @ after) / dominance(x @ before)))
             with torch.no_grad():
                 weights[name].copy_(after.T)
         means = {f"dominance_{k}_ratio": math.exp(sum(v) / len(v)) for k, v in growth.items()}

@@ -246,8 +246,7 @@ class MergeAccumulator:
                 for n, right in enumerate(factors.rights)
             ]
             u = torch.cat(parts, 1)
-            update = torch.addmm(base.flatten(1), u, torch.cat(factors.lefts))
-            merged[name] = update.view_as(base)
+            merged[name] = torch.addmm(base.flatten(1), u, torch.cat(factors.lefts)).view_as(base)
             missed = missed + (u.detach() @ factors.error).double().square().sum().cpu()
             moved = moved + u.detach().double().square().sum().cpu()
         if self.thin:

@@ -240,8 +240,7 @@ class InnerLoop:
             return {name: self.theta[name] for name in self.names}
         factors: Params = {}
         for name in self.names:
-            g = generator(self.seed, "lora", self.n, name)
-            a, b = draw_factors(self.theta[name], rank, g)
+            a, b = draw_factors(self.theta[name], rank, generator(self.seed, "lora", self.n, name))
             factors |= {f"{name}/A": a, f"{name}/B": b}
         return factors
 

@@ -186,5 +186,4 @@ def _write(folder: Path, plan: Plan, trials: list[Trial], best: set[int]) -> Non
     """Write the table after every trial, so that an interrupted search has it too."""
     tables = {"md": pareto.to_markdown, "csv": pareto.to_csv, "html": pareto.to_html}
     for suffix, write in tables.items():
-        text = write(plan.objectives, trials, best)
-        write_atomically(folder / f"pareto.{suffix}", text.encode())
+        write_atomically(folder / f"pareto.{suffix}", write(plan.objectives, trials, best).encode())

@@ -104,8 +104,7 @@ def fingerprint(case: AnyCase | AnyTask, derived: bool = True) -> str:
         cached stage.
     """
     tensors: list[Tensor] = []
-    plain = _plain(case, tensors, derived)
-    return stage_key(case=plain, tensors=digest(*tensors))
+    return stage_key(case=_plain(case, tensors, derived), tensors=digest(*tensors))
 
 
 def without_sampling(case: AnyCase) -> AnyCase:

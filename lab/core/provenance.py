@@ -83,9 +83,8 @@ def computing() -> dict[str, str]:
     Sources, options and data do, too. Part of every stage's key; attacks and metrics have it from
     their immunizer's.
     """
-    place = "cuda" if torch.cuda.is_available() else "cpu"
     return versions(("torch", "numpy", "scipy", "timm", "diffusers", "transformers", "peft")) | {
-        "device": place
+        "device": "cuda" if torch.cuda.is_available() else "cpu"
     }
 
 

@@ -179,8 +179,7 @@ class DiffusionModel(nn.Module):
             m(self.tokens(prompts, i), output_hidden_states=True)
             for i, m in enumerate(self.text_encoders)
         ]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        return Text(hidden, outputs[1][0])
+        return Text(torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs[1][0])
 
     # ---- images and latents
 

@@ -339,11 +339,10 @@ def _write_features(release: Release, folder: Path) -> dict[str, Any]:
     tensors = {names[key]: value.cpu().contiguous() for key, value in state.items()}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     _write_json(folder / CONFIG, config)
-    immunized = changed_tensors(release.original, model)
     return {
         "kind": kind,
         "weights": state_hash(tensors),
-        "immunized": {name: names[name] for name in immunized},
+        "immunized": {name: names[name] for name in changed_tensors(release.original, model)},
     }
 
 

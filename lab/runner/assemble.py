@@ -113,8 +113,7 @@ def _refused(error: InstantiationException, config: DictConfig, key: str) -> Use
         outer = str(config._get_full_key(None))  # Hydra gives the key from the root of the config
         place = nested[1].removeprefix(outer).lstrip(".") if nested else ""
         node = OmegaConf.select(config, place) if place else config
-        where = f"{key}.{place}" if place else key
-        return user_error(cause, where, get_class(node["_target_"]))
+        return user_error(cause, f"{key}.{place}" if place else key, get_class(node["_target_"]))
     missing = _missing_module(error)
     if missing is not None:
         own = str(missing.name).partition(".")[0] == target.partition(".")[0]

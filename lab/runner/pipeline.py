@@ -195,12 +195,11 @@ class Pipeline:
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
             return Artifact({"history": history, "error": error}, changed)
 
-        shards = 0 if model_name == BASELINE else int(part.obj.shards(case))
         return Cell(
             "immunize",
             key,
             compute,
-            shards=shards,
+            shards=0 if model_name == BASELINE else int(part.obj.shards(case)),
             model=model_name,
             case=case.name,
             seed=seed,

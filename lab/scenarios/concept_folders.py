@@ -202,8 +202,7 @@ def _entry(value: Any, key: str) -> Entry:
         fix = "must be {path: FOLDER, role: harmful | benign}, or {name: CONCEPT, role: …}."
         raise UserError(key, value, fix)
     if isinstance(value.get("path"), str):
-        name = Path(value["path"]).name.replace("_", " ").replace("-", " ")
-        value = {"name": name, **value}
+        value = {"name": Path(value["path"]).name.replace("_", " ").replace("-", " "), **value}
     return bind(Entry, value, key)
 
 

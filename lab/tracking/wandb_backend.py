@@ -55,15 +55,6 @@ class WandbTracker(Tracker):
     def start(self, config: dict[str, Any], folder: Path) -> None:
         import wandb
 
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            x_disable_stats=True,
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            init_timeout=float(self.init_timeout_s),
-        )
         common: dict[str, Any] = {
             "dir": str(folder),
             "project": self.project,
@@ -74,7 +65,15 @@ class WandbTracker(Tracker):
             "tags": views.tags(config),
             "config": config,
             "notes": f"record: {folder / 'record.json'}",
-            "settings": settings,
+            "settings": wandb.Settings(
+                silent=True,
+                console="off",
+                x_disable_stats=True,
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                init_timeout=float(self.init_timeout_s),
+            ),
         }
         mode: Any = self.mode
         if mode == "auto":
