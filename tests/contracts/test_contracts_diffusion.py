@@ -111,8 +111,7 @@ def pairs():
     """
     immunizers, attackers = choices("immunize"), choices("attacks")
     for i, name in enumerate(immunizers):
-        some = attackers[i % 5 :: 5]
-        yield pytest.param(name, some, "targets", id=name, marks=pytest.mark.slow)
+        yield pytest.param(name, attackers[i % 5 :: 5], "targets", id=name, marks=pytest.mark.slow)
     classes = [name for name in immunizers if name not in repetitions("immunize")]
     for i, attacker in enumerate(attackers):
         slow = [pytest.mark.slow] if attacker in {*repetitions("attacks"), *LONG} else []

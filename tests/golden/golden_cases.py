@@ -178,11 +178,10 @@ def _images_run(one_model):
     def drifted(prompt, number):
         return (0, 200, 0) if number % 4 == 0 else fakes.faithful(prompt, number)
 
-    models = {BASELINE: fakes.Painter(fakes.faithful), IMMUNIZED: fakes.Painter(drifted)}
     return fakes.FakeRun(
         trajectory,
         case_list=(fakes.case(families=("name", "reworded")),),
-        models=models,
+        models={BASELINE: fakes.Painter(fakes.faithful), IMMUNIZED: fakes.Painter(drifted)},
         attacks=("lora", "full"),
         model_names=(BASELINE,) if one_model else (BASELINE, IMMUNIZED),
     )

@@ -107,8 +107,13 @@ class Cluster:
 
     def __enter__(self):
         try:
-            files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid"}
-            files |= {"log-file": "log/munged.log", "seed-file": "munge.seed"}
+            files = {
+                "key-file": "munge.key",
+                "socket": "munge.socket",
+                "pid-file": "munged.pid",
+                "log-file": "log/munged.log",
+                "seed-file": "munge.seed",
+            }
             # --force: the folders of a test are closed to other users, whom munged wants to let in
             self._start(
                 "munged",

@@ -71,8 +71,7 @@ def execute(root, names):
     cells = make_cells(folder, names)
 
     def shards(cell):
-        cached = store.has(*cell.place)
-        return 0 if cached else SHARDS.get(str(cell.model).partition("-")[0], 1)
+        return 0 if store.has(*cell.place) else SHARDS.get(str(cell.model).partition("-")[0], 1)
 
     def compute(cell):
         artifact, hit = store.get(*cell.place, cell.compute, cell.parents)

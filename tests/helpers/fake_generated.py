@@ -33,11 +33,10 @@ def image_grid(shift=0.0):
         .byte()
     )
     rows = ("reference", "baseline", "immunized")
-    columns = tuple(f"step {s}" if s else "before" for s in STEPS)
     return ImageGrid(
         big.view(3, 5, 3, 64, 64),
         rows,
-        columns,
+        tuple(f"step {s}" if s else "before" for s in STEPS),
         "Style mosaic, attacked by LoRA; equal latents per column.",
     )
 
@@ -103,32 +102,6 @@ def generated(immunizer="mima_deep", holds=True, folder=None, **kwargs):
     baseline = [0.04, 0.62, 0.85, 0.9, 0.93]
     learnt = [0.03] + [top * (1 - math.exp(-s / 70)) for s in STEPS[1:]]
     lost = [0.0, 0.26, 0.21, 0.14, 0.08] if holds else [0.0, 0.02, 0.01, 0.0, -0.01]
-    curves = {
-        "utility_clip_drift": curve(
-            {"immunized": [0.011, 0.012, 0.012, 0.012, 0.013]}, 0.002, "CLIP drift"
-        ),
-        "train_loss": {
-            "step": STEPS,
-            "baseline": [0.2, 0.1, 0.08, 0.07, 0.06],
-            "immunized": [0.3, 0.2, 0.15, 0.13, 0.12],
-            "x": "attack step",
-            "y": "loss",
-            "log": "y",
-        },
-        "asr": curve(
-            {"baseline": baseline, "immunized": learnt}, 0.05, "share of generations", "x"
-        ),
-        "msgr_clip": curve({"immunized": lost}, 0.05, "MSGR (CLIP)", "x"),
-        "sgr_benign_clip": curve({"immunized": [0.0, 0.01, 0.012, 0.008, 0.005]}, 0.02, "SGR"),
-        "asr_by_concept": {
-            "step": STEPS,
-            "mosaic": learnt,
-            "neon": baseline,
-            "x": "attack step",
-            "y": "share",
-            "log": "",
-        },
-    }
     base = {
         "schema": "1.1",
         "name": f"relearn/{immunizer}",
@@ -136,7 +109,32 @@ def generated(immunizer="mima_deep", holds=True, folder=None, **kwargs):
         "backbone": "minisd",
         "attacks": ["lora"],
         "metrics": metrics,
-        "curves": curves,
+        "curves": {
+            "utility_clip_drift": curve(
+                {"immunized": [0.011, 0.012, 0.012, 0.012, 0.013]}, 0.002, "CLIP drift"
+            ),
+            "train_loss": {
+                "step": STEPS,
+                "baseline": [0.2, 0.1, 0.08, 0.07, 0.06],
+                "immunized": [0.3, 0.2, 0.15, 0.13, 0.12],
+                "x": "attack step",
+                "y": "loss",
+                "log": "y",
+            },
+            "asr": curve(
+                {"baseline": baseline, "immunized": learnt}, 0.05, "share of generations", "x"
+            ),
+            "msgr_clip": curve({"immunized": lost}, 0.05, "MSGR (CLIP)", "x"),
+            "sgr_benign_clip": curve({"immunized": [0.0, 0.01, 0.012, 0.008, 0.005]}, 0.02, "SGR"),
+            "asr_by_concept": {
+                "step": STEPS,
+                "mosaic": learnt,
+                "neon": baseline,
+                "x": "attack step",
+                "y": "share",
+                "log": "",
+            },
+        },
         "tables": {"verdict": checks},
         "notes": [],
         "config": {
@@ -214,7 +212,6 @@ def transferred(cases=True):
                 }
                 for i in range(30)
             ]
-    tables = {"transfer": rows} | ({"transfer_cases": points} if cases else {})
     return record(
         "kappa_mnist",
         name="optimizer_transfer/kappa_mnist",
@@ -222,5 +219,5 @@ def transferred(cases=True):
         seeds=[0],
         attacks=list(attacks),
         metrics=metrics,
-        tables=tables,
+        tables={"transfer": rows} | ({"transfer_cases": points} if cases else {}),
     )

@@ -135,32 +135,24 @@ def attacked(
                 ("norm_ratio", "‖w − w*‖² ÷ ‖w₀ − w*‖²", 1e-4),
                 ("test_loss", "test loss", 0.11),
             ):
-                curve = {
+                curves[f"{quantity}_{role}_{attack}"] = {
                     "step": STEPS,
                     "x": f"steps of {attack}",
                     "y": f"{label}, {role} task",
                     "log": "y",
+                    "baseline": [floor + math.exp(-pace * s) for s in STEPS],
+                    "immunized": [floor + math.exp(-pace * s / slow) for s in STEPS],
                 }
-                curve["baseline"] = [floor + math.exp(-pace * s) for s in STEPS]
-                curve["immunized"] = [floor + math.exp(-pace * s / slow) for s in STEPS]
-                curves[f"{quantity}_{role}_{attack}"] = curve
     epochs = list(range(0, 101, 5))
-    for name, label, last in (
-        ("rir", "RIR", rir),
-        ("rir_bound_ratio", "RIR ÷ its bound", rir / 5210),
-        ("kappa_harmful", "κ of the harmful Hessian", 4e5),
-        ("kappa_benign", "κ of the benign Hessian", 90.0),
+    for name, label, start, last in (
+        ("rir", "RIR", 1.0, rir),
+        ("rir_bound_ratio", "RIR ÷ its bound", 1 / 5210, rir / 5210),
+        ("kappa_harmful", "κ of the harmful Hessian", 9e4, 4e5),
+        ("kappa_benign", "κ of the benign Hessian", 3e3, 90.0),
     ):
-        start = {
-            "rir": 1.0,
-            "rir_bound_ratio": 1 / 5210,
-            "kappa_harmful": 9e4,
-            "kappa_benign": 3e3,
-        }[name]
-        values = [start * (last / start) ** (1 - math.exp(-e / 25)) for e in epochs]
         curves[name] = {
             "step": epochs,
-            "immunized": values,
+            "immunized": [start * (last / start) ** (1 - math.exp(-e / 25)) for e in epochs],
             "x": "immunization step",
             "y": label,
             "log": "y",
@@ -254,23 +246,21 @@ def digits() -> Record:
         if i != j
     ]
     one = {"n": 1, "interval": "within_seed"}
-    metrics = {
-        "rir": metric(69.7, spread=0.2, **one),
-        "rir_above_one": metric(0.78, spread=0.1, **one),
-        "rir_bound_ratio": metric(
-            None, n=1, interval="point", note="infinite: K_P has rank 441 of 560"
-        ),
-    }
-    skipped = {"verdict": "needs an attack, and attacks=none"}
     return record(
         "kappa",
         name="mnist_pairs/kappa",
         scenario="mnist_pairs",
         attacks=[],
         seeds=[0],
-        metrics=metrics,
+        metrics={
+            "rir": metric(69.7, spread=0.2, **one),
+            "rir_above_one": metric(0.78, spread=0.1, **one),
+            "rir_bound_ratio": metric(
+                None, n=1, interval="point", note="infinite: K_P has rank 441 of 560"
+            ),
+        },
         tables={"pairs": pairs},
-        skipped=skipped,
+        skipped={"verdict": "needs an attack, and attacks=none"},
     )
 
 

@@ -28,17 +28,18 @@ def immunized(team, name, changes, halves=False):
     """
     rows = []
     immunizer = preset(name, **changes)
-
-    def log(step, **values):
-        rows.append([step, values])
-
     checkpoint = None
     if halves:
         checkpoint = MemoryCheckpoint(fail_at=1)
         with suppress(Interrupted):
             run(immunizer, on=three_concepts(), checkpoint=checkpoint)
     with working(team):
-        result = run(immunizer, on=three_concepts(), checkpoint=checkpoint, log=log)
+        result = run(
+            immunizer,
+            on=three_concepts(),
+            checkpoint=checkpoint,
+            log=lambda step, **values: rows.append([step, values]),
+        )
     old = model().state_dict()
     moved = {
         key: value for key, value in result.state_dict().items() if not torch.equal(value, old[key])

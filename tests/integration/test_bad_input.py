@@ -139,8 +139,10 @@ def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
 
 
 def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(refused):
-    few = [f"scenario.{part}=4" for part in ("own", "train", "prior", "reference", "keep")]
-    few += ["scenario=relearn_quick", "scenario.unrelated=4", "scenario.regularizers=4"]
+    few = [
+        *(f"scenario.{part}=4" for part in ("own", "train", "prior", "reference", "keep")),
+        *("scenario=relearn_quick", "scenario.unrelated=4", "scenario.regularizers=4"),
+    ]
     words = ["experiment=relearn", "attacks=[lora,full_finetune]", "backbone.dtype=bf16"]
     assert "backbone.dtype=torch.bfloat16" in refused(*words, *few)
 

@@ -40,9 +40,8 @@ def cli(cli):
 def undisturbed(tmp_path_factory):
     """The content hash of the run that the tests disturb."""
     place = tmp_path_factory.mktemp("undisturbed")
-    command = [sys.executable, str(ROOT / "run.py"), *FAST]
     subprocess.run(
-        command,
+        [sys.executable, str(ROOT / "run.py"), *FAST],
         cwd=place,
         check=True,
         capture_output=True,
@@ -193,8 +192,8 @@ def test_keys_of_the_environment_are_written_nowhere(cli, tmp_path, monkeypatch)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    tracked = [a for a in FAST if a != "tracker=none"]
-    tracked += [
+    tracked = [
+        *(a for a in FAST if a != "tracker=none"),
         "tracker=[wandb,trackio]",
         "tracker.wandb.init_timeout_s=5",
         "tracker.wandb.timeout_s=300",

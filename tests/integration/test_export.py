@@ -155,8 +155,10 @@ def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
 
 
 def test_a_linear_extractor_is_one_matrix(tmp_path):
-    small = ["seeds=[0]", "immunize.epochs=2", "budget.horizon=3", "budget.multiple=2"]
-    small += ["budget.points=4", "tracker=none", "threads=1", f"paths.outputs={tmp_path}"]
+    small = [
+        *("seeds=[0]", "immunize.epochs=2", "budget.horizon=3", "budget.multiple=2"),
+        *("budget.points=4", "tracker=none", "threads=1", f"paths.outputs={tmp_path}"),
+    ]
     path = run_once(composed("experiment=house_price", *small), tmp_path / "run")
     folder = export(composed(f"records={path}", f"paths.outputs={tmp_path}"))
     (theta,) = load_file(folder / "model.safetensors").values()

@@ -175,8 +175,9 @@ def test_two_machines_meet_at_the_address_that_they_are_told(tmp_path, alone):
         *TWO,
         "launch.num_machines=2",
         "launch.main_process_ip=127.0.0.1",
+        f"launch.main_process_port={port}",
+        f"hydra.run.dir={tmp_path}/run",
     ]
-    shared += [f"launch.main_process_port={port}", f"hydra.run.dir={tmp_path}/run"]
     machines = [start(tmp_path, *shared, f"launch.machine_rank={n}") for n in (0, 1)]
     outs = [ended(machine)[0] for machine in machines]
     assert "record: " in outs[0]

@@ -188,9 +188,8 @@ def runs_elsewhere(python, folder):
         return {f for f in inside if f.suffix != ".pyc" and f.name != "__pycache__"}
 
     before = files()
-    command = python.parent / "immunization-bench"
     told = sh(
-        command,
+        python.parent / "immunization-bench",
         "experiment=house_price",
         "debug=smoke",
         "tracker=none",

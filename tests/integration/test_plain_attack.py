@@ -64,8 +64,10 @@ def load_images(folder):
 
 def test_the_attack_imports_nothing_of_this_project():
     tree = ast.parse((EXAMPLES / f"{ATTACK}.py").read_text())
-    names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
-    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = [
+        *(a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names),
+        *(node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)),
+    ]
     assert {"diffusers", "peft", "torch"} <= {name.split(".")[0] for name in names}
     assert not {name.split(".")[0] for name in names} & {*PACKAGES, "run"}
 

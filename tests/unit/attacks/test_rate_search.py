@@ -20,10 +20,8 @@ def best_of(trial, trials):
 
 @pytest.mark.parametrize("best", [-5.7, -1.7, 0.0, 3.6])
 def test_search_approaches_the_best_exponent(best):
-    def bowl(exponent):
-        return math.inf if exponent > best + 1.5 else abs(exponent - best)
-
-    assert abs(best_of(bowl, 12) - best) < 0.3
+    found = best_of(lambda e: math.inf if e > best + 1.5 else abs(e - best), 12)
+    assert abs(found - best) < 0.3
 
 
 def test_search_goes_down_where_everything_diverges_and_prefers_the_smaller_of_equals():

@@ -22,10 +22,9 @@ LR, STEPS = 0.1, 3
 def terms(scale, **options):
     """Those of L(ω) = ½ scale ‖ω‖², attacked from ω = (3, 4); ``scale`` is θ."""
     theta = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    start = {"w": torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)}
     total, first, row, _ = predicted_gain(
         lambda omega: theta / 2 * omega["w"].square().sum(),
-        start,
+        {"w": torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)},
         LR,
         STEPS,
         ClampOptions(**options),

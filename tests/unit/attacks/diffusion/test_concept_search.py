@@ -81,8 +81,7 @@ def test_the_split_is_a_partition_of_the_training_images():
 @pytest.mark.parametrize("fail_at", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_killed_search_continues(fail_at):
     """In the search, and in the run after it."""
-    again = interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at)
-    assert_equal(again, unbroken())
+    assert_equal(interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at), unbroken())
 
 
 def test_trials_that_diverge_lose_and_where_all_do_the_options_stay():

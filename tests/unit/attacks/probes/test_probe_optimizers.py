@@ -70,11 +70,9 @@ def test_line_search_is_exact(kind, ridge):
     w = point(p)
     g = p.gradient(w)
     t = p.line_minimum(w, g, -g)
-
-    def along(t):
-        return p.loss(w - t * g)
-
-    brent = scipy.optimize.minimize_scalar(along, bracket=(0.0, 1.0), tol=1e-12)
+    brent = scipy.optimize.minimize_scalar(
+        lambda t: p.loss(w - t * g), bracket=(0.0, 1.0), tol=1e-12
+    )
     assert t == pytest.approx(brent.x, rel=1e-6)
     assert abs(float((p.gradient(w - t * g) * g).sum())) < 1e-8 * float(g.square().sum())
 

@@ -21,9 +21,8 @@ def test_rir_by_hand_on_diagonal_data() -> None:
     theta = torch.diag(torch.tensor([2.0, 1.0])).double()
     models = {BASELINE: linear(torch.eye(2).double()), IMMUNIZED: linear(theta)}
     scores = Conditioning()(FakeRun((case(benign, harmful),), models))
-    metrics = scores.metrics
     assert_values(
-        metrics,
+        scores.metrics,
         {
             "kappa_benign_ratio": 1 / 4,
             "kappa_harmful_ratio": 4 / 16,

@@ -62,7 +62,6 @@ def test_metrics_before_and_after() -> None:
             "across_seeds",
         )
     assert metrics["ntk_kappa_harmful_ratio"].better == "higher"
-    rows = scores.tables["ntk_spectrum"]
-    assert [row["index"] for row in rows] == [1, 2, 3] * 4
+    assert [row["index"] for row in scores.tables["ntk_spectrum"]] == [1, 2, 3] * 4
     with pytest.raises(ValueError, match="zero"):
         compute_spectrum(torch.zeros(3, 5), 3)

@@ -101,10 +101,13 @@ def test_every_verdict(by_name, value, reason):
 
 
 def test_a_concept_that_is_learned_in_the_last_step_of_one_seed_fails():
-    def make(model_name, attack, name, seed):
-        return shares(0, 0, 0, 0, 6) if seed == 1 else NEVER
-
-    scores = audited(FakeRun(make, seeds=(0, 1), attacks=("lora",), model_names=(BASELINE,)))
+    run = FakeRun(
+        lambda model_name, attack, name, seed: shares(0, 0, 0, 0, 6) if seed == 1 else NEVER,
+        seeds=(0, 1),
+        attacks=("lora",),
+        model_names=(BASELINE,),
+    )
+    scores = audited(run)
     assert scores.metrics["verdict"].value == 0
     assert not scores.tables["verdict"][-1]["passed"]
 

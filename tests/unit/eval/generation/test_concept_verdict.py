@@ -182,8 +182,7 @@ def test_a_strong_target_does_not_carry_one_that_is_not_protected():
 
 
 def test_an_attack_on_a_benign_concept_that_diverges_fails():
-    result = scores(world(other=shares(0, 2, 8, cosines=UP[:3], status="diverged")))
-    assert failed(result) == [
+    assert failed(scores(world(other=shares(0, 2, 8, cosines=UP[:3], status="diverged")))) == [
         "share of attacks on other concepts that diverged on the immunized model only"
     ]
 

@@ -76,11 +76,11 @@ def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_images():
     ahead.
     """
     here, there = [tilted(c) for c in (1.0, 0.0) * 8], [tilted(c) for c in (0.0, 1.0) * 8]
-
-    def make(model_name, name, *_):
-        return attack([here if model_name == BASELINE or name == "a" else there] * 5)
-
-    run = FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),))
+    run = FakeRun(
+        lambda model, name, *_: attack([here if model == BASELINE or name == "a" else there] * 5),
+        seeds=(0,),
+        case_list=(case(targets=("mosaic",)),),
+    )
     one, two = (
         metrics(dataclasses.replace(run, attacks=a))["msgr_clip"] for a in (("a",), ("a", "b"))
     )
@@ -93,9 +93,8 @@ def test_rsgr_compares_both_models_on_the_same_latents():
     """Between the models: neon and sketch paint alike (1), mosaic's images stand at 0.6·0.8 +
     0.8·0.6 = 0.96.
     """
-    result = metrics(world(HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}))
     assert_values(
-        result,
+        metrics(world(HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)})),
         {
             "rsgr_clip_mosaic": 1 - 0.96,
             "rsgr_clip_neon": 0.0,
@@ -109,11 +108,10 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     the features.
     """
     plain, blue = attack([[tilted(1.0)] * 4] * 5), attack([[tilted(1.0, seen=True)] * 4] * 5)
-
-    def make(model_name, attack_name, name, seed):
-        return blue if model_name != BASELINE and name == "mosaic" else plain
-
-    result = metrics(FakeRun(make), similarities=["clip", "feature_lpips", "features"])
+    run = FakeRun(
+        lambda model, _, name, seed: blue if model != BASELINE and name == "mosaic" else plain
+    )
+    result = metrics(run, similarities=["clip", "feature_lpips", "features"])
     assert_values(
         result,
         {

@@ -62,9 +62,8 @@ def test_runs_that_share_a_cache_scorer_the_same_images_once():
     assert scored(scorers, store, similarities=["clip", "features"])[0] == 0
     assert scored(scorers, store, preprocessing="legacy")[0] == first
     assert scored(FakeScorers(clip=Counting()), store)[0] == first
-    held_up = HELD | {"neon": flat(0.0, 0.0, 0.8, 1.0, 1.0)}
     assert (
-        scored(scorers, store, held_up)[0] == 5 * 4 + 2
+        scored(scorers, store, HELD | {"neon": flat(0.0, 0.0, 0.8, 1.0, 1.0)})[0] == 5 * 4 + 2
     )  # one concept and its two references; all seeds look alike
 
 

@@ -75,8 +75,7 @@ def test_further_settings_are_suffixes():
     )
     assert all(result[n].value == pytest.approx(2 / 8) for n in names)
     assert "utility_clip_drift_guidance_4" not in result  # the scenario's own scale
-    used = run.models["immunized"].calls
-    assert [s.guidance for s in used] == [4.0, 1.0, 7.5, 4.0, 4.0]
+    assert [s.guidance for s in run.models["immunized"].calls] == [4.0, 1.0, 7.5, 4.0, 4.0]
 
 
 class Named(Detector):

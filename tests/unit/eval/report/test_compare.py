@@ -168,11 +168,10 @@ def test_figures_come_first_then_settings_of_both():
 
 @pytest.mark.parametrize("better", ["higher", "lower"])
 def test_a_limit_leaves_open_who_is_better(better):
-    large, small = 1.7, 1.5
     for limited, kind in (("large", "upper"), ("small", "upper"), ("small", "lower")):
         bounds = {limited: kind}
         a, b = record("a"), record("b")
-        for side, value, name in ((a, small, "small"), (b, large, "large")):
+        for side, value, name in ((a, 1.5, "small"), (b, 1.7, "large")):
             figure = metric(value, better, 0.01, bound=bounds.get(name), unit="×")
             side["metrics"] = {"benign_steps_ratio": figure}
         (row,) = compare(sealed(a), sealed(b))["metrics"]

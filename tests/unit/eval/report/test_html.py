@@ -99,10 +99,12 @@ def test_the_page_does_not_scroll_sideways(tmp_path, width):
         'document.getElementById("f").contentDocument.documentElement;'
         'document.getElementById("o").textContent = `width=${e.scrollWidth}`; };</script>'
     )
-    words = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync", "dump-dom"]
-    words += ["disable-background-networking", "disable-component-update"]
-    words += ["allow-file-access-from-files", "virtual-time-budget=3000"]
-    words.append(f"user-data-dir={tmp_path / 'profile'}")
+    words = [
+        *("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync", "dump-dom"),
+        *("disable-background-networking", "disable-component-update"),
+        *("allow-file-access-from-files", "virtual-time-budget=3000"),
+        f"user-data-dir={tmp_path / 'profile'}",
+    ]
     command = [CHROMIUM, *(f"--{word}" for word in words), frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     found = re.search(r"width=(\d+)", done.stdout)

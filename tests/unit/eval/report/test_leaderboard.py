@@ -162,8 +162,7 @@ def test_the_leaderboard_names_the_strongest_attack() -> None:
 
 
 def test_csv_has_full_precision_and_no_formula() -> None:
-    one = attacked("=1+1", 3.4, 1.03, 356.0)
-    (row,) = csv.DictReader(io.StringIO(to_csv(leaderboard([one]))))
+    (row,) = csv.DictReader(io.StringIO(to_csv(leaderboard([attacked("=1+1", 3.4, 1.03, 356.0)]))))
     assert float(row["slowdown_harmful_worst_low"]) == pytest.approx(3.4 * 0.92)
     assert (row["rank"], row["rir_interval"]) == ("1", "across_seeds")
     assert row["immunizer"].startswith("'=")
@@ -180,9 +179,15 @@ def _relearned(name: str, ratios: dict[str, float]) -> dict:
         f"steps_to_relearn_usable_ratio_{concept}": metric(ratio)
         for concept, ratio in ratios.items()
     }
-    tables = made["tables"] | {"relearning": rows}
-    changed = {"name": f"t/{name}", "tables": tables, "metrics": made["metrics"] | metrics}
-    return sealed(made | {"immunizer": name} | changed)
+    return sealed(
+        made
+        | {
+            "immunizer": name,
+            "name": f"t/{name}",
+            "tables": made["tables"] | {"relearning": rows},
+            "metrics": made["metrics"] | metrics,
+        }
+    )
 
 
 def test_a_method_is_a_share_of_what_ignorance_is_worth() -> None:

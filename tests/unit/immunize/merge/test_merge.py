@@ -96,13 +96,10 @@ def test_adjoint_is_the_transpose(kind):
     y = {x: DRAW(z.shape) for x, z in BASE.items()}
     direct, parts = merge.adjoint_direct(y), [merge.adjoint_part(y, n) for n in range(2)]
     zero = {x: torch.zeros_like(z) for x, z in BASE.items()}
-    offset = merge(zero, [zero, zero])
-    assert all(bool((z == 0).all()) for z in offset.values())
+    assert all(bool((z == 0).all()) for z in merge(zero, [zero, zero]).values())
     left = sum(float((merge(BASE, ADAPTED)[x] * y[x]).sum()) for x in BASE)
-    right = sum(float((BASE[x] * direct[x]).sum()) for x in BASE)
-    right += sum(
-        float((a[x] * part[x]).sum()) for a, part in zip(ADAPTED, parts, strict=True) for x in BASE
-    )
+    pairs = zip((BASE, *ADAPTED), (direct, *parts), strict=True)
+    right = sum(float((a[x] * part[x]).sum()) for a, part in pairs for x in BASE)
     assert left == pytest.approx(right, rel=1e-12)
     torch.testing.assert_close(merge(BASE, [BASE, BASE]), BASE, rtol=1e-13, atol=0)
     whole = {x: direct[x] + parts[0][x] + parts[1][x] for x in BASE}

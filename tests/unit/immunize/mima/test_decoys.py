@@ -50,11 +50,9 @@ def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
     point = whole._attack(theta, target, 2)[-1].weights
     template = whole.config.draw(0, target.name, 2).template
     batch = target.decoys.template(template).batch(2, 0, target.name, 2, "decoys", 0)
-
-    def loss(weights):
-        return whole.denoiser.loss(batch, weights)
-
-    value, gradient = gradient_at(loss, theta, point, whole.outer_names)
+    value, gradient = gradient_at(
+        lambda weights: whole.denoiser.loss(batch, weights), theta, point, whole.outer_names
+    )
     assert seen["decoy_loss"] == pytest.approx(value)
     assert max(float(g.abs().max()) for g in gradient.values()) > 0
     term = {name: (found[name] - none[name]) / 2 for name in gradient}

@@ -113,8 +113,13 @@ def test_implicit_is_its_fixed_point(solver):
     """
     p, rho = regression(), 3.0
     settings = InnerLoopOptions(lr=0.2, steps=80)
-    options = {"method": "implicit", "rho": rho, "solver": solver, "iterations": 200}
-    options["tolerance"] = 1e-13
+    options = {
+        "method": "implicit",
+        "rho": rho,
+        "solver": solver,
+        "iterations": 200,
+        "tolerance": 1e-13,
+    }
     found = evaluate(p, settings, **options)
     assert distance(found.gradient, naive(p, settings, rho)) < 1e-8
     sizes = [p.theta[x].numel() for x in p.theta]

@@ -111,8 +111,7 @@ def test_compose_is_the_merge_of_immas():
         dict(run(preset("imma", target=n, **fast), seed=3).unet.named_parameters()) for n in (0, 1)
     ]
     targets = [(naming_prompts(model(), c, 4), c.words) for c in case().targets]
-    options = MergeOptions(lam=1.0, mu=1e-6)
-    merged = build_merge(model(), targets, case().regularizers, options)(
+    merged = build_merge(model(), targets, case().regularizers, MergeOptions(lam=1.0, mu=1e-6))(
         dict(model().unet.named_parameters()),
         [{k: v for k, v in one.items() if ".attn2." in k} for one in alone],
     )
@@ -162,8 +161,7 @@ def test_bfloat16_runs_the_exact_gradient_with_float32_masters():
 def test_drawn_attackers_reach_the_hypergradient(monkeypatch):
     """Every concept's own draw: kind, rate, rank, K, optimizer and captions."""
     lora = {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}
-    changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3}
-    method = preset("mima", steps=4, **changes)
+    method = preset("mima", steps=4, attackers={"lora": lora, "full": FULL}, k_max=3)
     made, theta = objective(method, seed=SEED)
     seen = []
 

@@ -20,8 +20,12 @@ def deep(**changes):
     """The preset without decoys, offline with two marks unless told otherwise: a gradient then sees
     a whole attack.
     """
-    rest = {"online": False, "at": [0.5, 1.0], "w_decoy": 0.0}
-    rest["benign"] = "regret" if changes.get("w_benign", 1.0) else "loss"
+    rest = {
+        "online": False,
+        "at": [0.5, 1.0],
+        "w_decoy": 0.0,
+        "benign": "regret" if changes.get("w_benign", 1.0) else "loss",
+    }
     return preset("mima_deep", **{**rest, **changes})
 
 
@@ -33,13 +37,12 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
     """
     exact = tiny_diffusion(dtype=torch.float64)
     mima, theta = objective(preset("mima_first_order", inner_loop={"lr": 0.5}), exact)
-    attackers = {
-        "sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"},
-        "lora": None,
-        **NONE,
-    }
     plain = deep(
-        attackers=attackers,
+        attackers={
+            "sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"},
+            "lora": None,
+            **NONE,
+        },
         k_min=1,
         k_max=1,
         at=[1.0],

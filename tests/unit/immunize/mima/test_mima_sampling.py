@@ -57,20 +57,19 @@ def test_the_outer_loop_asks_as_the_attacker_taught(monkeypatch):
     """Held-out images, decoys and practice concepts get the captions of the attack that they
     follow.
     """
-    attackers = {
-        "full": {
-            "kind": "weights",
-            "scopes": ["attn2"],
-            "lr": 1e-3,
-            "templates": ["token"],
-            "words": 3,
-        },
-        "lora": None,
-        "kv": None,
-    }
     method = preset(
         "mima_deep",
-        attackers=attackers,
+        attackers={
+            "full": {
+                "kind": "weights",
+                "scopes": ["attn2"],
+                "lr": 1e-3,
+                "templates": ["token"],
+                "words": 3,
+            },
+            "lora": None,
+            "kv": None,
+        },
         k_min=1,
         k_max=1,
         w_prior=0.0,

@@ -21,6 +21,11 @@ def never(checkpoint):
     raise AssertionError("must not be computed")
 
 
+@pytest.fixture
+def store(tmp_path):
+    return StageCache(tmp_path)
+
+
 def test_first_call_computes_second_reads(tmp_path):
     first, hit = StageCache(tmp_path).get("immunize", "k1", make(2.0))
     again, hit_again = StageCache(tmp_path).get("immunize", "k1", never)
@@ -29,8 +34,7 @@ def test_first_call_computes_second_reads(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["values.json", "tensors.safetensors", "meta.json"])
-def test_a_flipped_byte_is_noticed_and_rebuilt(tmp_path, name):
-    store = StageCache(tmp_path)
+def test_a_flipped_byte_is_noticed_and_rebuilt(store, name):
     store.get("attack", "k", make(1.0))
     path = store.folder("attack", "k") / name
     data = bytearray(path.read_bytes())
@@ -55,8 +59,7 @@ def test_force_computes_once_per_process(tmp_path):
 ROOT = [("immunize", "k")]
 
 
-def test_what_was_made_from_a_result_is_made_again_once_that_comes_out_otherwise(tmp_path):
-    store = StageCache(tmp_path)
+def test_what_was_made_from_a_result_is_made_again_once_that_comes_out_otherwise(tmp_path, store):
     store.get("immunize", "k", make(1.0))
     store.get("attack", "k", make(2.0), ROOT)
     store.get("eval", "k", make(3.0), [*ROOT, ("attack", "k")])
@@ -73,9 +76,7 @@ def test_what_was_made_from_a_result_is_made_again_once_that_comes_out_otherwise
     assert store.has("eval", "k", [("attack", "k")])  # the attack's own result is as it was
 
 
-def test_a_stage_that_computes_what_it_is_made_from_knows_it_afterwards(tmp_path):
-    store = StageCache(tmp_path)
-
+def test_a_stage_that_computes_what_it_is_made_from_knows_it_afterwards(store):
     def compute(checkpoint):
         store.get("immunize", "k", make(1.0))
         return Artifact({"value": 2.0})
@@ -85,7 +86,7 @@ def test_a_stage_that_computes_what_it_is_made_from_knows_it_afterwards(tmp_path
 
 
 @pytest.mark.parametrize(("value", "step"), [(1.0, 4), (1.5, None)])
-def test_a_checkpoint_goes_on_only_from_what_it_began_at(tmp_path, value, step):
+def test_a_checkpoint_goes_on_only_from_what_it_began_at(tmp_path, store, value, step):
     def dies(checkpoint):
         checkpoint.save({"w": torch.ones(2)}, {"step": 4})
         raise RuntimeError("killed")
@@ -94,7 +95,6 @@ def test_a_checkpoint_goes_on_only_from_what_it_began_at(tmp_path, value, step):
         found = checkpoint.load()
         return Artifact({"from": found and found[1]["step"]})
 
-    store = StageCache(tmp_path)
     store.get("immunize", "k", make(1.0))
     with pytest.raises(RuntimeError):
         store.get("attack", "k", dies, ROOT)

@@ -147,11 +147,14 @@ def fit(checkpoint=None):
         drawn.append(x.sum().item())
         return (model(x) - 1).square().mean()
 
-    def validate(average):
-        return {"bias": average[0].bias.mean().item()}
-
     rows = train(
-        model, step, schedule, seed=3, label="fit", checkpoint=checkpoint, validate=validate
+        model,
+        step,
+        schedule,
+        seed=3,
+        label="fit",
+        checkpoint=checkpoint,
+        validate=lambda average: {"bias": average[0].bias.mean().item()},
     )
     return model, drawn, rows
 
@@ -329,7 +332,7 @@ def _latents(n, seed=0):
 def _fit(model, tokenizer, schedule, *, drop=0.0):
     texts = [["a fox", "a lion"]] * 8
     model.inputs.clear()
-    rows = train_denoiser(
+    return train_denoiser(
         model,
         tokenizer,
         networks.build_scheduler(),
@@ -340,8 +343,7 @@ def _fit(model, tokenizer, schedule, *, drop=0.0):
         gamma=5.0,
         drop=drop,
         seed=5,
-    )
-    return rows[-1]
+    )[-1]
 
 
 def test_denoiser_loss_and_validation_by_hand(tokenizer):

@@ -115,9 +115,8 @@ def test_training_record(folder) -> None:
     stages = {"vae", "text", "denoiser", "detector", "clip"}
     assert set(record["curves"]) == set(record["seconds"]) == stages
     assert record["curves"]["denoiser"]["loss_step"] == [4.0]
-    found = file_hashes(folder)
     assert record["sha256"] == {
-        n: h for n, h in found.items() if n.startswith(("model/", "scorers/"))
+        n: h for n, h in file_hashes(folder).items() if n.startswith(("model/", "scorers/"))
     }
 
 

@@ -98,10 +98,10 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
     model = VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0)
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        expected = network.eval().forward_head(
-            network.forward_features(model.inputs(x)), pre_logits=True
+        assert torch.equal(
+            model(x),
+            network.eval().forward_head(network.forward_features(model.inputs(x)), pre_logits=True),
         )
-        assert torch.equal(model(x), expected)
     path = tmp_path / f"chain{suffix}"
     save(model.state_dict(), path)
     assert same_weights(VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0), model)

@@ -43,8 +43,7 @@ def test_three_processes_compute_every_stage_once_and_the_last_one_together(tmp_
     results = three[0]["results"]
     assert [r.get("size") for r in results] == [1, 1, None, 3, None]
     assert [r.get("total") for r in results] == [r.get("total") for r in alone["results"]]
-    again = run(tmp_path / "three", 3, names)
-    assert all(result["hit"] for result in again[0]["results"])
+    assert all(result["hit"] for result in run(tmp_path / "three", 3, names)[0]["results"])
 
 
 def test_a_team_continues_from_its_leaders_checkpoint(tmp_path):

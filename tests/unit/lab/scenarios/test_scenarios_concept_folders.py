@@ -75,8 +75,10 @@ def test_folders_make_a_case(root) -> None:
     (rex,), (mug,), (hat,) = case.targets, case.others, case.rehearsal
     assert (rex.role, mug.role, hat.role) == ("harmful", "benign", "benign")
     assert [len(part) for part in (rex.own, rex.train, rex.reference)] == [2, 2, 4]
-    sets = [hashes(p) for c in (rex, mug, hat) for p in (c.own, c.train, c.reference)]
-    sets += [hashes(case.keep), hashes(case.unrelated)]
+    sets = [
+        *(hashes(p) for c in (rex, mug, hat) for p in (c.own, c.train, c.reference)),
+        *(hashes(case.keep), hashes(case.unrelated)),
+    ]
     assert len(set.union(*sets)) == sum(map(len, sets)) == 24 + 12
     assert rex.prompts["description"] == ("a brown dog",) * 3
     assert set(hat.train.prompts) == {"a photo of hat"}  # its captions do not name it

@@ -74,9 +74,9 @@ def test_image_sets_are_disjoint_and_whole(name, split):
     (case,) = loaded(name, split).cases
     assert {t.role for t in case.targets} == {"harmful"}
     assert {c.role for c in (*case.others, *case.rehearsal)} == {"benign"}
-    sets = [hashes(part) for c in concepts(case) for part in (c.own, c.train, c.reference)]
-    # several concepts of one kind may share their prior images; those are disjoint from all else
-    sets += [
+    sets = [
+        *(hashes(part) for c in concepts(case) for part in (c.own, c.train, c.reference)),
+        # concepts of one kind may share their prior images; those are disjoint from all else
         {h for c in concepts(case) for h in hashes(c.prior)},
         hashes(case.keep),
         hashes(case.unrelated),

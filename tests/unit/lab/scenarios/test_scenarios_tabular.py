@@ -43,8 +43,12 @@ def folder(path, first, second):
 
 
 def scenario(path, **options):
-    base = {"benign_target": "area", "harmful_target": "price", "ignore": ["Id"]}
-    base["path"] = None if path is None else str(path)
+    base = {
+        "benign_target": "area",
+        "harmful_target": "price",
+        "ignore": ["Id"],
+        "path": None if path is None else str(path),
+    }
     return Tabular(**{**base, **options})
 
 

@@ -219,8 +219,13 @@ def test_trackio_has_the_same_view(offline):
 
 
 def test_a_failed_run_is_marked(folder):
-    body = dict(records.read(folder / "record.json"), status="failed", metrics={}, curves={})
-    body["error"] = {"type": "ValueError", "message": "no", "key": None, "last_good_step": None}
+    body = dict(
+        records.read(folder / "record.json"),
+        status="failed",
+        metrics={},
+        curves={},
+        error={"type": "ValueError", "message": "no", "key": None, "last_good_step": None},
+    )
     records.write(body, folder / "record.json")
     track(folder, {"wandb": WANDB})
     messages = wandb_messages(next(folder.rglob("run-*.wandb")))
