@@ -23,7 +23,6 @@ from lab.core.seeding import generator
 Preconditioner = Literal["jacobi", "adam", "kfac"]
 PRECONDITIONERS: tuple[Preconditioner, ...] = get_args(Preconditioner)
 Definition = Literal["rank", "ridge", "release", "jacobi", "adam", "kfac"]
-DEFINITIONS: tuple[Definition, ...] = get_args(Definition)
 KFAC_DAMPING = 1e-3  # as conf/attacks/probe_kfac.yaml
 RESOLUTION = 1e-6  # a bound whose estimated relative error exceeds this is not reported
 # the released `condition_number` adds this to H and drops eigenvalues at or below it
