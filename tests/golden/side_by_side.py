@@ -7,8 +7,9 @@ The old checkout may be as old as fc147ca; its records are brought to today's na
 their own. Compared are all numbers of the record (metrics, curves, tables), hashes of the immunized
 weights, and the tensors and numbers of every stage in the cache. Tensors and stage numbers are
 compared without their names. The exit code is 1 where anything differs, bit for bit, and 2 where a
-study fails. Against fc147ca the immunized weights are equal; figures of attackers that have used
-torch's optimizers since then differ by less than 1e-12.
+study fails. Against fc147ca the immunized feature extractors are equal; figures of attackers that
+have used torch's optimizers since then differ by less than 1e-12. MiniSD has other weights since
+then, so its studies (`minisd_…`) compare later checkouts only.
 """
 
 import argparse
