@@ -94,6 +94,7 @@ class Kappa(GradientImmunizer):
     running_window: Count = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lambda_p == self.lambda_h == self.supervised == 0:
             fix = "λ_P, λ_H and supervised are all 0; choose immunize=none for no immunization."
             raise UserError("immunize.lambda_h", 0, fix)

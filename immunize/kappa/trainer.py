@@ -60,7 +60,7 @@ class GradientImmunizer(Immunizer[FeatureModel, Case]):
         layers: blocks that move, by name or as a count; all if None.
         layer_choice: which blocks a count takes: the ``last`` ones, or those whose ``gradient`` of
             the harmful loss is largest relative to that of the benign loss
-            (`blocks_by_gradient`).
+            (`blocks_by_gradient`). Only a count of ``layers`` takes ``gradient``.
         log_points: about how many times κ of the whole training data is measured.
         checkpoint_every: steps between saved states.
     """
@@ -78,6 +78,11 @@ class GradientImmunizer(Immunizer[FeatureModel, Case]):
     layer_choice: Literal["last", "gradient"] = "last"
     log_points: Annotated[int, Field(strict=True, ge=2)] = 25
     checkpoint_every: Count = 200
+
+    def __post_init__(self) -> None:
+        if self.layer_choice == "gradient" and not isinstance(self.layers, int):
+            fix = "chooses a number of blocks; set immunize.layers to that number."
+            raise UserError("immunize.layer_choice", self.layer_choice, fix)
 
     @abstractmethod
     def trainer(self, model: FeatureModel, case: Case, seed: int) -> KappaTrainer:
@@ -374,8 +379,9 @@ class KappaTrainer(ABC):
         self.options, self.case, self.seed = options, case, seed
         kind = LinearEngine if model.kind == "linear" else DeepEngine
         layers: Sequence[str] | int | None = options.layers
-        if isinstance(layers, int) and options.layer_choice == "gradient":
-            layers = blocks_by_gradient(model, case)[:layers]
+        if options.layer_choice == "gradient":
+            count = len(resolve_layers(model, layers))
+            layers = blocks_by_gradient(model, case)[:count]
         self.engine: LinearEngine | DeepEngine = kind(model, case, layers)
         rows = len(case.benign.train)
         self.steps = options.steps or options.epochs * (rows // min(options.batch_size, rows))

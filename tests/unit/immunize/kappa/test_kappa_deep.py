@@ -67,6 +67,15 @@ def test_logged_kappa_is_the_grouped_mean():
 def test_layers_that_the_model_lacks_are_refused():
     with pytest.raises(UserError, match=r"immunize\.layers"):
         immunize(MAKERS["kappa"](layers=["lst"]), deep_case(), TinyNet())
+    with pytest.raises(UserError, match=r"immunize\.layers=4"):
+        immunize(MAKERS["kappa"](layers=4, layer_choice="gradient"), deep_case(), TinyNet())
+
+
+@pytest.mark.parametrize("layers", [None, ["last"]])
+@pytest.mark.parametrize("maker", ["kappa", "imma"])
+def test_a_choice_of_layers_needs_a_count(maker, layers):
+    with pytest.raises(UserError, match=r"immunize\.layer_choice=gradient"):
+        MAKERS[maker](layers=layers, layer_choice="gradient")
 
 
 def test_choice_of_layers_by_gradient():
