@@ -87,7 +87,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, low_memory=False)
 
 
-def one_case(
+def case_of_tasks(
     name: str, tasks: Sequence[Task], notes: tuple[str, ...], credit: str = ScenarioData.credit
 ) -> ScenarioData:
     """Return ``tasks``, the benign one first, as one case with the hash of their tensors."""
@@ -333,7 +333,7 @@ class Tabular(Scenario):
             for role, part in zip(_ROLES, np.split(x, [len(targets["benign"])]), strict=True)
         )
         credit = ScenarioData.credit if self.path is not None else CREDIT
-        return one_case(self.name, (benign, harmful), tuple(notes), credit)
+        return case_of_tasks(self.name, (benign, harmful), tuple(notes), credit)
 
     def _frames(self) -> tuple[list[pd.DataFrame], list[str]]:
         """Return the rows of D_P and of D_H."""

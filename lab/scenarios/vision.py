@@ -27,7 +27,7 @@ from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.models.vision import ImageSize
 from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
 from lab.scenarios.mnist import digits, shuffled_digits
-from lab.scenarios.tabular import TestShare, one_case
+from lab.scenarios.tabular import TestShare, case_of_tasks
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 _DIGITS = "digits"
@@ -93,7 +93,7 @@ class ImageFolders(Scenario):
     def load(self, seed: int) -> ScenarioData:
         benign, first = self._task("benign", self.benign_name, self.benign_path, seed)
         harmful, second = self._task("harmful", self.harmful_name, self.harmful_path, seed)
-        return one_case(self.name, (benign, harmful), (first, second))
+        return case_of_tasks(self.name, (benign, harmful), (first, second))
 
     def _task(self, role: Role, name: str, path: str, seed: int) -> tuple[Task, str]:
         """Return the task and a note on its images."""
@@ -192,7 +192,7 @@ class OpenmojiMnist(Scenario):
             tasks.append(task)
             notes += more
         credit = MNIST_CREDIT if _DIGITS in self.harmful else ScenarioData.credit
-        return one_case(self.name, tasks, (*notes, CREDIT), credit)
+        return case_of_tasks(self.name, tasks, (*notes, CREDIT), credit)
 
     def _emoji_task(
         self, name: str, role: Role, classes: list[str], level: str, seed: int

@@ -226,12 +226,11 @@ def flat(*cosines, count=4, status="ok"):
 def world(immunized, baseline=None, **kwargs):
     """The baseline learns: cosine 0, 0.6, 0.8, 1, 1; the immunized model by concept."""
     learned = baseline or flat(0.0, 0.6, 0.8, 1.0, 1.0)
-    return FakeRun(
-        lambda model_name, attack, name, seed: (
-            learned if model_name == BASELINE else immunized[name]
-        ),
-        **kwargs,
-    )
+
+    def make(model_name, attack_name, name, seed):
+        return learned if model_name == BASELINE else immunized[name]
+
+    return FakeRun(make, **kwargs)
 
 
 HELD = {

@@ -77,7 +77,8 @@ def test_folders_make_a_case(root) -> None:
     assert [len(part) for part in (rex.own, rex.train, rex.reference)] == [2, 2, 4]
     sets = [
         *(hashes(p) for c in (rex, mug, hat) for p in (c.own, c.train, c.reference)),
-        *(hashes(case.keep), hashes(case.unrelated)),
+        hashes(case.keep),
+        hashes(case.unrelated),
     ]
     assert len(set.union(*sets)) == sum(map(len, sets)) == 24 + 12
     assert rex.prompts["description"] == ("a brown dog",) * 3
