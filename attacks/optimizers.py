@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Literal
 
 import torch
 from torch import nn
 
 Name = Literal["adamw", "sgd", "muon", "soap"]
+
+
+def package_version(name: Name) -> str:
+    """Return the version of the package that an optimizer comes from; empty where it is torch.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    return "" if name in ("adamw", "sgd") else metadata.version("pytorch_optimizer")
 
 
 def build(

@@ -16,7 +16,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
-from lab.core.config import AsList, Positive, Text, config
+from lab.core.config import AsList, Flag, Positive, Text, config
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError, as_user_error
 from lab.core.hashing import digest, folder_hash, stage_key
@@ -120,7 +120,10 @@ class OtherWeights(Immunizer):
     paths: Annotated[tuple[Text, ...], AsList, Field(min_length=1)]
     eraser: Eraser
     name: Text = "other_weights"
-    never_saw_targets: bool = False
+    never_saw_targets: Flag = False
+
+    def texts(self) -> dict[str, str]:
+        return self.eraser.texts()
 
     def fingerprint(self) -> str:
         folders = [locate_folder(path, "immunize.paths") for path in self.paths]

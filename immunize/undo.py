@@ -231,7 +231,8 @@ class _Distillation:
             text = self.student.text(student)
             loss = (self.student.predict(noisy, t, text) - wanted).square().mean()
             if not torch.isfinite(loss):
-                raise Diverged(f"the loss of the distillation is {loss.item()}", step)
+                reason = f"the loss of the distillation is {loss.item()}"
+                raise Diverged(reason, max(step - 1, 0))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, options.clip)
         rise = min(1.0, (step + 1) / max(options.warmup, 1))

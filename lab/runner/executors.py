@@ -181,7 +181,8 @@ class DistributedExecutor(Executor):
             if self.stopped():
                 return KeyboardInterrupt()
             time.sleep(0.1)
-        return RunFailed("Killed", "another process of the run was killed from outside")
+        what = "another process of the run was killed from outside, or did not answer within"
+        return RunFailed("Killed", f"{what} launch.timeout_s: {error}")
 
     def facts(self) -> dict[str, Any]:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))

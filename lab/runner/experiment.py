@@ -24,7 +24,7 @@ from lab.core.errors import Diverged, RunFailed, UserError, explain
 from lab.core.hashing import state_hash
 from lab.core.provenance import provenance
 from lab.core.types import Scores
-from lab.runner.assemble import assemble, check_cases
+from lab.runner.assemble import assemble, check_cases, open_attacks
 from lab.runner.batch import relative
 from lab.runner.executors import Executor
 from lab.runner.pipeline import Cell, Pipeline
@@ -149,6 +149,9 @@ class Run:
             progress_log.info(self.plan.describe())
         self._compute_stages(list(pipeline.immunize_cells()))
         if pipeline.seeds:  # else every case diverged, which the record says
+            pipeline.find_settled_tasks()
+            if pipeline.settled_tasks:  # their attacks are planned no more
+                self.plan = StagePlan(self.cfg, pipeline, self.applicable_metrics())
             self._compute_stages(list(pipeline.attack_cells()))
             self._leave_out_failed_attacks()
             cells = [pipeline.eval_cell(name) for name in self.applicable_metrics()]
@@ -366,6 +369,7 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
     pipeline = Pipeline(parts, StageCache(cfg.paths.cache, force=cfg.force))
     for seed in parts.seeds:
         check_cases(parts, pipeline.data(seed).cases)
+    open_attacks(parts, pipeline.data(parts.seeds[0]).cases[0])
     return pipeline
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -96,6 +95,7 @@ class Pipeline:
 
     Attributes:
         diverged: (case, seed) → why its immunization ended.
+        settled_tasks: names of the tasks whose result every metric knows before any attack.
         notes: sentences for the record, in order.
     """
 
@@ -107,6 +107,7 @@ class Pipeline:
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
         self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
+        self.settled_tasks = frozenset[str]()
         self.data_hash: dict[str, str] = {}
         self.notes: dict[str, None] = {}
         self._last: tuple[tuple[int, str], Model] | None = None
@@ -293,7 +294,7 @@ class Pipeline:
                     yield self.immunize_cell(model_name, case, seed)
 
     def attack_cells(self) -> Iterator[Cell]:
-        """Yield the attacks on every case that did not diverge, without `settled_tasks`."""
+        """Yield the attacks on every case that did not diverge, without ``settled_tasks``."""
         for seed in self.seeds:
             for case in self.cases(seed):
                 for task in (task for task in case.tasks if task.name not in self.settled_tasks):
@@ -301,12 +302,11 @@ class Pipeline:
                         for attack in self.attacks:
                             yield self.attack_cell(model_name, attack, case, task, seed)
 
-    @cached_property
-    def settled_tasks(self) -> frozenset[str]:
-        """Names of the tasks whose result every metric knows before any attack."""
+    def find_settled_tasks(self) -> None:
+        """Ask the metrics for ``settled_tasks``; an audit generates images for that."""
         metrics = [part.obj for part in self.parts.metrics.values() if part.obj.needs_attack]
         each = [metric.settled_tasks(self) for metric in metrics]
-        return frozenset.intersection(*each) if each else frozenset()
+        self.settled_tasks = frozenset.intersection(*each) if each else frozenset()
 
     def shards(self, cell: Cell) -> int:
         """Return the shards of ``cell``; 0 for one that the cache has."""

@@ -173,6 +173,8 @@ class OpenmojiMnist(Scenario):
         for name in self.harmful:
             if name not in choices:
                 raise UserError("scenario.harmful", name, nearest(name, choices))
+        if len({*self.harmful}) < len(self.harmful):
+            raise UserError("scenario.harmful", self.harmful, "names a task twice.")
         if _DIGITS in self.harmful and self.train_rows + self.test_rows > 5000:
             fix = f"there are 5,000 digits, and test_rows={self.test_rows}; lower one of both."
             raise UserError("scenario.train_rows", self.train_rows, fix)

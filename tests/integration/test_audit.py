@@ -61,6 +61,8 @@ def audited(*words):
 def test_one_command_ends_in_one_verdict(cli, tmp_path):
     folder = tiny_folder(tmp_path / "a model, released")  # a comma and blanks are no list
     words = audit_words(tmp_path, folder, "fail_on=[fails,inconclusive]")
+    assert "0 cached" in cli(*words, "dry_run=true").out
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
     out = cli(*words, code=None).out
     (path,) = (tmp_path / "out").rglob("verdict.json")
     verdict, record = json.loads(path.read_text()), records.read(path.with_name("record.json"))

@@ -73,7 +73,8 @@ class WorldClassifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [n, objects] and [n, styles] of uint8 images [n, 3, h, w]."""
         x = self.inputs(images).contiguous(memory_format=torch.channels_last)
-        objects, styles = (head(self.network(x)) for head in self.heads)
+        features = self.network(x)
+        objects, styles = (head(features) for head in self.heads)
         return objects, styles
 
 

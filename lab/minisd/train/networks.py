@@ -252,7 +252,7 @@ class _NetworkTraining:
             group["lr"] = self.schedule.rate(step)
         loss = self.loss(step, generator(self.seed, self.label, step))
         if not torch.isfinite(loss):
-            raise Diverged(f"{self.label}: the loss is {loss.item()}", step)
+            raise Diverged(f"{self.label}: the loss is {loss.item()}", max(step - 1, 0))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)

@@ -224,7 +224,8 @@ class Training:
                 checkpoint=checkpoint,
             )
 
-        return self._stage("denoiser", model, ("train.networks", "world.world"), fit)
+        sources = "train.networks", "train.text", "world.world"  # the encoder is part of the result
+        return self._stage("denoiser", model, sources, fit)
 
     def model(self) -> DiffusionModel:
         """Return the whole text-to-image model in float32."""

@@ -138,6 +138,9 @@ def test_a_budget_of_images_is_the_same_attack_in_steps_of_its_batch():
     assert single.steps == [0, 1, 8, 12, 16]
     with pytest.raises(UserError, match=r"budget\.horizon=8: must be a multiple"):
         attack("lora", families=(), batch_size=5).check_budget(images)
+    searched = {"steps": 2, "space": {"batch_size": [4, 5]}}
+    with pytest.raises(UserError, match="one has 5"):
+        attack("lora", families=(), batch_size=4, search=searched).check_budget(images)
 
 
 def test_curriculum_divides_the_steps():

@@ -145,6 +145,8 @@ def test_wrong_options_name_the_key():
     with pytest.raises(ValidationError) as error:
         LinearProbe(optimizer="adams")
     assert user_error(error.value, "attacks.probe", LinearProbe).key == "attacks.probe.optimizer"
+    with pytest.raises(UserError, match=r"damping=0\.1: is read by optimizer=kfac only"):
+        LinearProbe(optimizer="newton", damping=0.1)
 
 
 def test_tasks_that_cannot_be_trained_on():

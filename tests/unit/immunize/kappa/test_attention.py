@@ -9,6 +9,7 @@ from immunize.kappa.attention import dominance
 from immunize.merge.build import regularizer_rows, scope_names
 from immunize.mima.outer_loop import naming_prompts
 from lab.core.condition import leading_directions
+from lab.core.errors import Diverged
 
 
 def test_harmful_keys_get_dominated_by_one_direction_and_unrelated_ones_stay():
@@ -29,3 +30,10 @@ def test_harmful_keys_get_dominated_by_one_direction_and_unrelated_ones_stay():
     mean = float(torch.tensor(logs).log().mean().exp())
     assert rows["dominance_harmful_ratio"] == pytest.approx(mean, rel=1e-3)
     assert mean > 1
+
+
+def test_a_gradient_without_a_part_in_the_null_space_ends_the_training():
+    method = build("immunize", "kappa_attention", "diffusion")
+    x, eye = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double(), torch.eye(4)
+    with pytest.raises(Diverged, match="in the null space"):
+        method._train(eye.double(), [x], eye.double())

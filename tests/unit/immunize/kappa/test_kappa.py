@@ -90,17 +90,30 @@ def log_kappa_of(y):
 def test_optimizer_aware_gradient_is_exact():
     case = linear_case()
     model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
-    options = dict(lambda_p=1.0, lambda_h=2.0, preconditioned=False, optimizer_aware="jacobi")
-    for scale in ("none", "initial", "current"):  # log κ does not see the scale
-        gradient, rows, _ = one_step(KappaOpt(**(BASE | options | {"scale": scale})), case, model)
-        theta = model.theta.detach().clone().requires_grad_(True)
-        y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
-        y_p, y_h = y_p / y_p.norm(dim=0), y_h / y_h.norm(dim=0)
-        (expected,) = torch.autograd.grad(log_kappa_of(y_p) + 2.0 / log_kappa_of(y_h), theta)
-        unit = float((gradient / expected).median())
-        assert torch.allclose(
-            gradient, unit * expected, rtol=1e-6, atol=1e-9 * float(gradient.abs().max())
-        )
+    options = dict(lambda_p=1.0, lambda_h=2.0, preconditioned=False)
+    for aware, power in (("jacobi", 1.0), ("adam", 0.5)):
+        for scale in ("none", "initial", "current"):  # log κ does not see the scale
+            options |= {"optimizer_aware": aware, "scale": scale}
+            gradient, rows, _ = one_step(KappaOpt(**(BASE | options)), case, model)
+            theta = model.theta.detach().clone().requires_grad_(True)
+            y_p, y_h = (t.train.x[r] @ theta for t, r in zip(case.tasks, rows, strict=True))
+            y_p, y_h = y_p / y_p.norm(dim=0) ** power, y_h / y_h.norm(dim=0) ** power
+            (expected,) = torch.autograd.grad(log_kappa_of(y_p) + 2.0 / log_kappa_of(y_h), theta)
+            assert torch.allclose(
+                gradient, expected, rtol=1e-6, atol=1e-9 * float(gradient.abs().max())
+            )
+
+
+def test_unit_of_a_preconditioned_batch_is_what_a_batch_has():
+    """σ_1 of Ỹ of a random batch, in units, is about 1 (400 rows, batches of 100)."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=g, dtype=torch.float64)
+    task = Task("t", "benign", "regression", Split(x, x[:, 0]), Split(x, x[:, 0]))
+    case = Case("case", task, (task,))
+    for aware in ("none", "jacobi", "adam", "kfac"):
+        options = {"optimizer_aware": aware, "scale": "initial", "batch_size": 100}
+        trainer = KappaOpt(**(BASE | options)).trainer(LinearBackbone().build(case, 0), case, 0)
+        assert abs(float(trainer._estimate(0, 0).factor.s[0]) - 1) < 0.1, aware
 
 
 def test_mean_over_rows_scales_both_terms_as_their_formulas_do():

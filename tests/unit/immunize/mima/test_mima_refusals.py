@@ -42,6 +42,8 @@ def test_a_wrong_option_is_refused_by_its_key(name, changes, key):
         ("mima", {"hypergradient": {**IMPLICIT, "rho": 0.2}}, "hypergradient.rho"),
         ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "attackers.lora.scopes"),
         ("mima", {"merge": {"rule": "masked"}}, "larger scope"),
+        ("mima", {"merge": {"mask": "low_rank"}}, "rule=masked only"),
+        ("mima", {"merge": {"sparsity": 0.1}}, "rule=masked with mask=sparse only"),
         ("compose", {"merge": {"rule": "gated"}}, "concepts=composed"),
         ("mima_deep", {"merge": {"rule": "gated"}}, "merge.rule"),
         ("mima_deep", {"k_min": 5, "k_max": 4}, "k_min=5"),

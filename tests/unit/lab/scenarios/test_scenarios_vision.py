@@ -56,6 +56,8 @@ def test_several_harmful_tasks():
     assert [task.name for task in case.harmful] == ["mnist", "animals-nature"]
     assert torch.equal(case.benign.train.x, animals.benign.train.x)  # without that group
     assert torch.equal(case.harmful[1].train.x, animals.harmful[0].train.x)
+    with pytest.raises(UserError, match="names a task twice"):
+        OpenmojiMnist(**SMALL, harmful=["digits", "digits"])
 
 
 def fill(path, classes=2, count=10, base=0):
