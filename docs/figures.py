@@ -83,7 +83,8 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
         records: Folder below ``outputs/records``.
         method: Name of the record there.
         metric: Its name in the record, or ``checks``: how many checks of the verdict pass.
-        show: Words out of ``value``, ``percent``, ``points``, ``ratio`` and ``interval``.
+        show: Words out of ``value``, ``percent``, ``points``, ``ratio``, ``interval`` and
+            ``median`` (of the seeds, where a mean is that of one outlier).
     """
     stored = read(records, method)
     if metric == "checks":
@@ -92,6 +93,10 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
     item = stored["metrics"].get(metric, {"value": None})
     if metric == "verdict":
         return WORDS[item["value"]] if metric in stored["metrics"] else stored["status"]
+    if "median" in show and item["value"] is not None:
+        rows = {row["metric"]: row for row in stored["tables"]["seed_values"]}
+        seeds = [value for key, value in rows[metric].items() if key != "metric"]
+        return round_number(float(np.median(seeds)), show) + unit(show)
     return score_text(item, show)
 
 
