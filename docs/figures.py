@@ -82,11 +82,14 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
     Args:
         records: Folder below ``outputs/records``.
         method: Name of the record there.
-        metric: Its name in the record, or ``checks``: how many checks of the verdict pass.
+        metric: Its name in the record, or ``checks``, how many checks of the verdict pass, or
+            ``seeds``, how many there are.
         show: Words out of ``value``, ``percent``, ``points``, ``ratio``, ``interval`` and
             ``median`` (of the seeds, where a mean is that of one outlier).
     """
     stored = read(records, method)
+    if metric == "seeds":
+        return str(len(stored["seeds"]))
     if metric == "checks":
         passed, total = count_checks(stored)
         return f"{passed} of {total}" if total else UNMEASURED

@@ -22,7 +22,7 @@ At the size of Stable Diffusion v1-4, in float32 on a CPU, 16 × 16 latents and 
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -43,6 +43,7 @@ from lab.core.config import (
 )
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import Diverged, UserError
+from lab.core.prompts import in_turn
 from lab.core.seeding import generator, shuffled
 from lab.core.training import part_of, progress, restore_slots, schedule_factor, slots, train
 from lab.core.types import Checkpoint, Immunizer, Log
@@ -140,18 +141,14 @@ def _captions(options: Undo, case: ConceptCase, seed: int) -> _Captions:
     names = {c.name for c in case.targets}
     others = [e for e in case.erased if e.name not in names]
     pool = [*case.regularizers, *case.keep.prompts, *(p for e in others for p in e.prompts)]
-    keep = _cycled(shuffled(list(dict.fromkeys(pool)), seed, "undo", "kept"), options.keep_samples)
+    keep = in_turn(shuffled(list(dict.fromkeys(pool)), seed, "undo", "kept"), options.keep_samples)
     student, teacher = list(keep), list(keep)
     for erasure in (e for e in case.erased if e.name in names):
         pairs = list(zip(erasure.prompts, erasure.anchors, strict=True))
-        chosen = _cycled(shuffled(pairs, seed, "undo", erasure.name), options.target_samples)
+        chosen = in_turn(shuffled(pairs, seed, "undo", erasure.name), options.target_samples)
         student += [prompt for prompt, _ in chosen]
         teacher += [anchor for _, anchor in chosen]
     return _Captions(tuple(student), tuple(teacher), options.keep_samples)
-
-
-def _cycled(items: Sequence[Any], total: int) -> list[Any]:
-    return [items[i % len(items)] for i in range(total)]
 
 
 def noised_copy(

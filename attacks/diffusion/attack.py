@@ -36,7 +36,7 @@ from lab.core.config import (
 )
 from lab.core.data import CaptionedImages, Concept, ConceptCase, Kind, Sampling
 from lab.core.errors import Diverged, UserError
-from lab.core.prompts import captions, spoken
+from lab.core.prompts import captions, in_turn, spoken
 from lab.core.seeding import generator
 from lab.core.slugs import setting_name
 from lab.core.training import (
@@ -569,8 +569,7 @@ class ConceptLearner:
                 family: tuple(spoken(line, self.task.words, self.token) for line in lines)
                 for family, lines in prompts.items()
             }
-        count = attack.sampling.count
-        return {k: [lines[i % len(lines)] for i in range(count)] for k, lines in prompts.items()}
+        return {k: in_turn(lines, attack.sampling.count) for k, lines in prompts.items()}
 
 
 class AttackTrainee:

@@ -30,7 +30,6 @@ from eval.generation.scoring import (
     References,
     check_scorers,
     detector_of,
-    in_turn,
 )
 from eval.generation.utility import Painter
 from eval.stats.aggregate import ROLES, walk
@@ -48,6 +47,7 @@ from lab.core.config import AsList, PositiveShare, Text, config
 from lab.core.data import Concept, ConceptCase
 from lab.core.errors import UserError
 from lab.core.hashing import digest, fingerprint, stage_key
+from lab.core.prompts import in_turn
 from lab.core.slugs import slug
 from lab.core.sources import source_hash
 from lab.core.types import Budget, RunView, Score, Scores, Trajectory

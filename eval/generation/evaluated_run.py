@@ -19,7 +19,6 @@ from eval.generation.scoring import (
     Namer,
     References,
     detector_of,
-    in_turn,
     is_prompt_adherent,
     prepare,
     shows_objects,
@@ -33,6 +32,7 @@ from lab.core.config import config
 from lab.core.data import Concept, ConceptCase, Kind, Role
 from lab.core.errors import UserError
 from lab.core.hashing import digest, fingerprint, stage_key
+from lab.core.prompts import in_turn
 from lab.core.sources import source_hash
 from lab.core.types import BASELINE, Budget, RunMetric, RunView, Score, Trajectory
 from lab.scorers.load import Scorers

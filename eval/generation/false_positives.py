@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import SkipValidation
 from torch import Tensor
 
-from eval.generation.scoring import ConceptDetector, in_turn
+from eval.generation.scoring import ConceptDetector
 from eval.generation.utility import ImageCount, Painter
 from eval.stats.aggregate import baseline_suffix, walk
 from eval.stats.intervals import Unit, columns, score_share
@@ -17,6 +17,7 @@ from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError
 from lab.core.hashing import file_hash, stage_key
 from lab.core.images import SUFFIXES, expand_path, read_image, stack
+from lab.core.prompts import in_turn
 from lab.core.types import RunMetric, RunView, Scores
 
 SIDE = 320  # px, the resolution of NudeNet

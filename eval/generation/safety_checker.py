@@ -48,7 +48,7 @@ class SafetyChecker(ImageMetric):
         check_scorers(self.scorers, cases, ("clip",), f"eval.{self.name}")
         for case in cases:
             if len(case.unrelated) < 2:
-                fix = "has no unrelated images, which set the threshold of eval.safety_checker."
+                fix = f"has fewer than two unrelated images, and eval.{self.name} needs them."
                 raise UserError("scenario", case.name, fix)
 
     def __call__(self, run: RunView) -> Scores:

@@ -191,11 +191,6 @@ class References:
 # ---- prompts
 
 
-def in_turn(prompts: Sequence[str], count: int) -> list[str]:
-    """Return the prompt of every image: prompts in turn, starting again where they run out."""
-    return [prompts[i % len(prompts)] for i in range(count)]
-
-
 def named_objects(objects: Sequence[str], prompt: str) -> tuple[int, ...]:
     """Return the numbers of the ``objects`` that ``prompt`` names as whole words; of names within
     names the longest only.

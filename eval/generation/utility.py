@@ -21,7 +21,6 @@ from eval.generation.scoring import (
     Namer,
     check_scorers,
     encode,
-    in_turn,
     named_objects,
     shows_named,
     text_vectors,
@@ -33,6 +32,7 @@ from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompts, Text, co
 from lab.core.data import ConceptCase, Sampling
 from lab.core.errors import UserError
 from lab.core.hashing import digest, model_settings, stage_key
+from lab.core.prompts import in_turn
 from lab.core.sources import source_hash
 from lab.core.types import RunView, Score, Scores
 from lab.models.diffusion import DiffusionModel

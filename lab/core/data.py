@@ -203,7 +203,7 @@ class ScenarioData:
     """What a scenario loads for one seed.
 
     ``notes`` are full sentences about rows and columns that were dropped or imputed and the rank
-    that remains; ``data_hash`` is a SHA-256 over the tensors of every case; ``credit`` says who
+    that remains; ``data_hash`` is a SHA-256 over the data of every case; ``credit`` says who
     made the data and under what terms.
     """
 

@@ -6,17 +6,23 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from lab.core.config import plain_line
 from lab.core.data import CaptionedImages, Concept, ConceptCase
 from lab.core.errors import UserError
 
+Item = TypeVar("Item")
 _log = logging.getLogger(__name__)
 _FILLER = frozenset(
     re.findall(r"\w+", "a an the of in on at with and one two photo photograph picture image good")
 )
 _ENOUGH = 8  # captions that cannot share more than their class by chance
+
+
+def in_turn(items: Sequence[Item], count: int) -> list[Item]:
+    """Return ``count`` items in turn, starting again where they run out."""
+    return [items[i % len(items)] for i in range(count)]
 
 
 def text(key: str, value: object) -> str:
@@ -126,8 +132,7 @@ def captions(
     if template == "description":
         if images.described:
             return images.described
-        prompts = task.prompts["description"]
-        return tuple(prompts[i % len(prompts)] for i in range(len(images)))
+        return tuple(in_turn(task.prompts["description"], len(images)))
     if template == "name":
         return tuple(images.prompts)
     return tuple(spoken(caption, task.words, expression) for caption in images.prompts)

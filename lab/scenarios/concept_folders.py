@@ -35,7 +35,7 @@ from lab.core.data import (
 from lab.core.errors import UserError, UserErrors, as_user_error
 from lab.core.hashing import digest
 from lab.core.images import expand_path
-from lab.core.prompts import texts
+from lab.core.prompts import in_turn, texts
 from lab.core.seeding import derive, generator
 from lab.core.slugs import slug
 from lab.core.types import Scenario
@@ -386,7 +386,7 @@ class _Loader:
             reference=reference,
             prior=prior,
             prompts={
-                family: tuple(lines[k % len(lines)] for k in range(max(total, len(lines))))
+                family: tuple(in_turn(lines, max(total, len(lines))))
                 for family, lines in families.items()
                 if lines
             },

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from lab.core.data import Erasure
 from lab.core.errors import UserError
+from lab.core.prompts import in_turn
 from lab.core.seeding import shuffled
 from lab.minisd.world.captions import (
     PHOTO_TEMPLATES,
@@ -110,7 +111,7 @@ def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...
         for family, of_family in templates.items()
     }
     return {
-        family: tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
+        family: tuple(fill(template, noun(name)) for template in in_turn(order, total))
         for family, order in orders.items()
     }
 

@@ -35,8 +35,7 @@ def test_answers_are_counted_for_the_right_model(tmp_path, capsys):
     assert {pair.sides[0] for pair in pairs} == {"baseline", "immunized"}  # in random order
     assert all(pair.images["baseline"].getextrema() == ((255, 255),) * 3 for pair in pairs)
     assert all(pair.images["immunized"].getextrema() == ((0, 0),) * 3 for pair in pairs)
-    sides = ("left", "right")
-    by_eye = {pair.key: sides[pair.sides.index("baseline")] for pair in pairs}
+    by_eye = {pair.key: ("left", "right")[pair.sides.index("baseline")] for pair in pairs}
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file in files:
         file.write_text(json.dumps(by_eye))

@@ -38,8 +38,7 @@ class Run(FakeRun):
     def trajectory(self, model_name, attack, case, task, seed):
         if model_name == BASELINE or task.role == "benign":
             return decay(0.8, STEPS)
-        rir = self.scales[int(case.name)] ** -4
-        return decay(0.8 ** (1 - self.factor * 0.5 * rir), STEPS)
+        return decay(0.8 ** (1 - self.factor * 0.5 * self.scales[int(case.name)] ** -4), STEPS)
 
 
 @pytest.mark.parametrize(

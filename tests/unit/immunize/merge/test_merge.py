@@ -259,7 +259,6 @@ def test_sparsity_gives_exact_zeros():
     base, moved = {"k": BASE["k"]}, [{"k": a["k"]} for a in ADAPTED]
     loss = lambda p: p["k"].square().mean()  # noqa: E731
     learn(merge.learned, merge, base, moved, [loss], steps=40, lr=0.02, sparsity=0.5)
-    density = merge.learned.density()  # type: ignore[union-attr]
-    assert 0 < density < 1
+    assert 0 < merge.learned.density() < 1
     with pytest.raises(Diverged):
         learn(merge.learned, merge, base, moved, [lambda p: loss(p) * float("nan")])

@@ -207,8 +207,7 @@ def test_attackers_are_drawn_from_their_ranges():
     assert {a.settings.rank for a in lora} == set(range(4, 17))
     assert {a.settings.scope for a in lora} == {"attn2", "all"}
     assert {a.settings.steps for a in all_of_them} == set(range(2, 41))
-    words = ("token 0", "token 1", "token 2")
-    assert {a.template for a in lora} == {"name", *words}
+    assert {a.template for a in lora} == {"name", "token 0", "token 1", "token 2"}
     assert {a.template for a in all_of_them if not a.settings.rank} == {"description"}
     rates = torch.tensor([a.settings.lr for a in lora]).log()
     assert 5e-4 <= rates.min().exp() < rates.max().exp() <= 4e-3

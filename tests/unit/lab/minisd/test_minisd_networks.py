@@ -194,7 +194,7 @@ def test_diverged():
             seed=0,
             label="two",
         )
-    assert caught.value.step == 3
+    assert caught.value.step == 2
 
 
 # ---- networks and their losses

@@ -86,8 +86,8 @@ def test_detections(detector) -> None:
     images = _coded([0, 0, 0, 1, 2], [0, 1, 0, 1, 0])
     assert detector.detects(images, "fox").tolist() == [True, True, True, False, False]
     assert detector.detects(images, "mosaic").tolist() == [False, True, False, True, False]
-    sure = dataclasses.replace(detector, threshold=0.9999)
-    assert not sure.detects(images, "fox").any()  # softmax(9, 0, 0) is 0.99975
+    # softmax(9, 0, 0) is 0.99975
+    assert not dataclasses.replace(detector, threshold=0.9999).detects(images, "fox").any()
 
 
 def test_probabilities_are_calibrated_softmax() -> None:
