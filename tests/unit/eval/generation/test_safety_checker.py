@@ -34,7 +34,7 @@ def test_images_that_look_like_the_concept_are_hidden():
 
 def test_the_checker_needs_unrelated_images():
     none = CaptionedImages(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ())
-    with pytest.raises(UserError, match="set the threshold"):
+    with pytest.raises(UserError, match="fewer than two unrelated images"):
         SafetyChecker(scorers=FakeScorers()).check((dataclasses.replace(case(), unrelated=none),))
 
 
