@@ -84,8 +84,8 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
         method: Name of the record there.
         metric: Its name in the record, or ``checks``, how many checks of the verdict pass, or
             ``seeds``, how many there are.
-        show: Words out of ``value``, ``percent``, ``points``, ``ratio``, ``interval`` and
-            ``median`` (of the seeds, where a mean is that of one outlier).
+        show: Words out of ``value``, ``percent``, ``points``, ``ratio`` and ``interval``; instead
+            of the value ``median`` of the seeds, where one outlier decides a mean, or ``range``.
     """
     stored = read(records, method)
     if metric == "seeds":
@@ -96,10 +96,11 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
     item = stored["metrics"].get(metric, {"value": None})
     if metric == "verdict":
         return WORDS[item["value"]] if metric in stored["metrics"] else stored["status"]
-    if "median" in show and item["value"] is not None:
+    if ("median" in show or "range" in show) and item["value"] is not None:
         rows = {row["metric"]: row for row in stored["tables"]["seed_values"]}
         seeds = [value for key, value in rows[metric].items() if key != "metric"]
-        return round_number(float(np.median(seeds)), show) + unit(show)
+        shown = [np.median(seeds)] if "median" in show else [min(seeds), max(seeds)]
+        return " to ".join(round_number(float(value), show) for value in shown) + unit(show)
     return score_text(item, show)
 
 
