@@ -26,11 +26,7 @@ from eval.generation.evaluated_run import (
     evaluate,
 )
 from eval.generation.relearning import Relearned, relearned, steps_score
-from eval.generation.scoring import (
-    References,
-    check_scorers,
-    detector_of,
-)
+from eval.generation.scoring import References, check_scorers, detector_of
 from eval.generation.utility import Painter
 from eval.stats.aggregate import ROLES, walk
 from eval.stats.intervals import (
