@@ -201,13 +201,13 @@ def _read_image(path: Path, sha256: str) -> str:
 
 def _troubles(record: Record) -> list[str]:
     """Return everything that did not go well, as sentences."""
-    error, cells = record["error"], record["cells"]
+    error, stages = record["error"], record["stages"]
     out = [f"{error['type']}: {error['message']} ({error['key']})"] if error else []
-    totals = Counter(cell["stage"] for cell in cells)
-    failed = Counter((c["stage"], c["status"], c["model"]) for c in cells if c["status"] != "ok")
+    totals = Counter(stage["kind"] for stage in stages)
+    failed = Counter((s["kind"], s["status"], s["model"]) for s in stages if s["status"] != "ok")
     out += [
-        f"{count} of {totals[stage]} stages {stage} {status}, {model or 'both models'}"
-        for (stage, status, model), count in failed.items()
+        f"{count} of {totals[kind]} stages {kind} {status}, {model or 'both models'}"
+        for (kind, status, model), count in failed.items()
     ]
     skipped = record["skipped"].items()
     return out + [f"Metric {name} was skipped: {reason}" for name, reason in skipped]
@@ -233,7 +233,7 @@ def _provenance(record: Record) -> dict[str, Any]:
         "device": f"{p.get('device')}, {p.get('threads')} threads, host {p.get('host')}",
         "seeds": ", ".join(map(str, record["seeds"])),
         "attacks": ", ".join(record["attacks"]),
-        "stages": f"{len(record['cells'])} ({p.get('cache_hits', 0)} from the cache)",
+        "stages": f"{len(record['stages'])} ({p.get('cache_hits', 0)} from the cache)",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         **{
             key.replace("_", " "): ", ".join(f"seed {s}: {v[:12]}" for s, v in values.items())

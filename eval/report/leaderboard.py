@@ -143,7 +143,7 @@ def trial(record: Record) -> str:
     parts = [", ".join(sorted(record["attacks"])) or "no attack", *_steps(record)]
     data = flatten(record["config"]).get("scenario.path")
     parts += [f"data: {data}"] if data else []
-    cases = sorted({str(c["case"]) for c in record["cells"] if c["case"] is not None})
+    cases = sorted({str(s["case"]) for s in record["stages"] if s["case"] is not None})
     if len(cases) > 4:
         digest = hashlib.sha256("\n".join(cases).encode()).hexdigest()[:6]
         parts.append(f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})")

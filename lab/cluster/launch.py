@@ -124,7 +124,7 @@ def launch(cfg: DictConfig, folder: Path) -> None:
         # process 0 could write none; it writes none of a user's mistake
         if first_machine and not record.is_file() and explain(error) is None:
             run = Run(cfg, folder)
-            run.waiting = list(run.pipeline.immunize_cells())
+            run.waiting = list(run.pipeline.immunize_stages())
             run.fail(error)
             write_failed_record(run)
         raise

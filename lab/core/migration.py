@@ -93,7 +93,7 @@ def migrate(record: Record) -> Record:
     models were called ``none`` and by the immunizer's name, since 2.1 ``baseline`` and
     ``immunized``. Up to 2.1 MiniSD was its first version, whose figures do not compare with those
     of the second: it is called ``minisd_1``. Up to 2.2 some options and columns had other names.
-    Up to 2.3 an inconclusive verdict was 0; it has no value.
+    Up to 2.3 an inconclusive verdict was 0; it has no value. Up to 2.4 stages were called cells.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
@@ -119,6 +119,12 @@ def migrate(record: Record) -> Record:
             metrics = record["metrics"] | {"verdict": verdict | {"value": None}}
             record = record | {"metrics": metrics}
         record = record | {"schema": "2.4"}
+    if record.get("schema") == "2.4":
+        stages = [{"kind": cell["stage"], **cell} for cell in record["cells"]]
+        for stage in stages:
+            del stage["stage"]
+        record = {k: v for k, v in record.items() if k != "cells"}
+        record |= {"schema": "2.5", "stages": stages}
     return record
 
 

@@ -19,8 +19,8 @@ from lab.core.images import png
 from lab.core.migration import migrate
 from lab.core.types import ImageGrid, Score, Scores, SeedScore
 
-SCHEMA_VERSION = "2.4"  # older records: `lab.core.migration`
-READABLE = ("1.0", "1.1", "1.2", "1.3", "2.0", "2.1", "2.2", "2.3", SCHEMA_VERSION)
+SCHEMA_VERSION = "2.5"  # older records: `lab.core.migration`
+READABLE = ("1.0", "1.1", "1.2", "1.3", "2.0", "2.1", "2.2", "2.3", "2.4", SCHEMA_VERSION)
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
 VOLATILE_CONFIG = (
@@ -161,12 +161,13 @@ def content_hash(record: Record) -> str:
 
     No times, host, memory, paths or cache keys.
     """
-    cells = [
-        {k: v for k, v in cell.items() if k not in ("key", "seconds", "weights")}
-        for cell in record["cells"]
+    name = "stages" if "stages" in record else "cells"  # up to schema 2.4
+    stages = [
+        {k: v for k, v in stage.items() if k not in ("key", "seconds", "weights")}
+        for stage in record[name]
     ]
     body = {name: record[name] for name in _LASTING}
-    body |= {"config": _lasting(record["config"]), "cells": cells}
+    body |= {"config": _lasting(record["config"]), name: stages}
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
     if "images" in record:  # absent in 1.0, whose hashes stay as they are
         body["images"] = {

@@ -79,27 +79,27 @@ def export(cfg: DictConfig) -> Path:
         UserError: not exactly one record, a choice that does not exist, weights or originals that
             are not there, a target folder that is not empty.
     """
-    stage = "immunize" if cfg.export.attack is None and cfg.export.task is None else "attack"
+    kind = "immunize" if cfg.export.attack is None and cfg.export.task is None else "attack"
     paths = records.find(as_list(cfg.records), Path(cfg.paths.runs))
     if len(paths) != 1:
         message = "export needs exactly one: records=RUN/record.json."
         raise UserError("records", f"{len(paths)} records", message)
     record = records.read(paths[0])
-    cell = choose(record, stage, cfg.export)
-    method = BASELINE if cell["model"] == BASELINE else record["immunizer"]
-    labels = [x for x in (cell["attack"], cell["task"], method, cell["case"]) if x is not None]
-    words = [record["name"].split("/")[0], *labels, f"seed{cell['seed']}"]
+    stage = choose(record, kind, cfg.export)
+    method = BASELINE if stage["model"] == BASELINE else record["immunizer"]
+    labels = [x for x in (stage["attack"], stage["task"], method, stage["case"]) if x is not None]
+    words = [record["name"].split("/")[0], *labels, f"seed{stage['seed']}"]
     name = re.sub(r"[^\w.-]+", "-", "-".join([*words, record["content_hash"][:8]]))
     folder = Path(cfg.path or f"{cfg.paths.outputs}/export/{name}").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("path", folder, "exists and is not empty; choose another one.")
-    if folder.suffix == ".safetensors" and stage == "immunize":
-        print(f"export: {relative(write_unet(record, cell, rebuild(record, cell, cfg), folder))}")
+    if folder.suffix == ".safetensors" and kind == "immunize":
+        print(f"export: {relative(write_unet(record, stage, rebuild(record, stage, cfg), folder))}")
         return folder
-    if stage == "attack":
-        write_attack(record, cell, cfg, folder)
+    if kind == "attack":
+        write_attack(record, stage, cfg, folder)
     else:
-        write(record, cell, rebuild(record, cell, cfg), folder)
+        write(record, stage, rebuild(record, stage, cfg), folder)
         print(*check(folder, base=cfg.export.base), sep="\n")
     print(f"export: {relative(folder)}")
     return folder
@@ -122,41 +122,41 @@ class Release:
     targets: tuple[str, ...]  # concepts that it is immunized against
 
 
-def choose(record: Record, stage: str, options: DictConfig) -> dict[str, Any]:
-    """Return the finished cell of ``stage`` (immunize | attack) that ``export.*`` selects; None
+def choose(record: Record, kind: str, options: DictConfig) -> dict[str, Any]:
+    """Return the finished stage of ``kind`` (immunize | attack) that ``export.*`` selects; None
     where there is one only.
 
     Raises:
-        UserError: no such cell, or several; lists them.
+        UserError: no such stage, or several; lists them.
     """
-    keys = ("case", "seed") if stage == "immunize" else ("case", "seed", "attack", "task")
+    keys = ("case", "seed") if kind == "immunize" else ("case", "seed", "attack", "task")
     default = IMMUNIZED if records.is_immunized(record) else BASELINE
     wanted = {"model": options.model or default} | {k: options[k] for k in keys}
-    cells = [cell for cell in record["cells"] if cell["stage"] == stage]
+    stages = [stage for stage in record["stages"] if stage["kind"] == kind]
     for key, value in wanted.items():
-        known = {str(cell[key]) for cell in cells}
+        known = {str(stage[key]) for stage in stages}
         if value is not None and str(value) not in known:
             raise UserError(f"export.{key}", value, nearest(str(value), known))
-        cells = [cell for cell in cells if value in (None, cell[key])]
-    finished = [cell for cell in cells if cell["status"] == "ok"]
+        stages = [stage for stage in stages if value in (None, stage[key])]
+    finished = [stage for stage in stages if stage["status"] == "ok"]
     if len(finished) != 1:
         lines = [
-            " ".join(f"export.{key}={cell[key]}" for key in wanted) + f" ({cell['status']})"
-            for cell in cells
+            " ".join(f"export.{key}={stage[key]}" for key in wanted) + f" ({stage['status']})"
+            for stage in stages
         ]
         message = f"choose a finished one: {'; '.join(lines)}."
-        raise UserError("export", f"{len(finished)} stages {stage}", message)
+        raise UserError("export", f"{len(finished)} stages {kind}", message)
     return finished[0]
 
 
-def read_stage(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Artifact:
+def read_stage(record: Stored, stage: dict[str, Any], cfg: DictConfig) -> Artifact:
     """Return what a stage of ``record`` computed, from the cache.
 
     Raises:
         UserError: it is not there, or was computed again with other weights; names the command.
     """
-    artifact = StageCache(cfg.paths.cache).read(cell["stage"], cell["key"])
-    if artifact is not None and cell.get("weights") in (None, state_hash(artifact.tensors)):
+    artifact = StageCache(cfg.paths.cache).read(stage["kind"], stage["key"])
+    if artifact is not None and stage.get("weights") in (None, state_hash(artifact.tensors)):
         return artifact
     state = "no whole weights" if artifact is None else "other weights than were measured"
     overrides = record.folder / ".hydra" / "overrides.yaml"
@@ -164,13 +164,13 @@ def read_stage(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Artifac
     if overrides.is_file():
         command = shlex.join(["python", "run.py", *map(str, OmegaConf.load(overrides))])
     message = (
-        f"holds {state} (stage {cell['stage']} {cell['key'][:12]}…). Set paths.cache to the cache "
+        f"holds {state} (stage {stage['kind']} {stage['key'][:12]}…). Set paths.cache to the cache "
         f"of that run, or run it again: `{command}`"
     )
     raise UserError("paths.cache", cfg.paths.cache, message)
 
 
-def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
+def rebuild(record: Stored, stage: dict[str, Any], cfg: DictConfig) -> Release:
     """Compute the original models again, compare them with the record's hashes, and add the
     weights that the immunizer changed.
 
@@ -178,8 +178,8 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
         UserError: other data or original weights than the run had; weights that are not in the
             cache; a class that is neither the project's nor chosen in ``cfg``.
     """
-    model_name, seed = cell["model"], cell["seed"]
-    tensors = {} if model_name == BASELINE else read_stage(record, cell, cfg).tensors
+    model_name, seed = stage["model"], stage["seed"]
+    tensors = {} if model_name == BASELINE else read_stage(record, stage, cfg).tensors
     nothing = {"_target_": "immunize.none.NoImmunization", "name": "none"}
     config = record["config"] | {"immunize": nothing, "attacks": {}, "eval": {}, "scorers": {}}
     check_trusted({group: config[group] for group in _GROUPS}, cfg)
@@ -191,8 +191,8 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
     if record["provenance"]["data_hash"].get(str(seed)) != data.data_hash:
         message = "the scenario's data are not those of the record; put them back."
         raise UserError("scenario", record["scenario"], message)
-    cells = [c for c in record["cells"] if c["stage"] == "immunize" and c["seed"] == seed]
-    cases = {case.name: case for case in data.cases if case.name in {c["case"] for c in cells}}
+    stages = [s for s in record["stages"] if s["kind"] == "immunize" and s["seed"] == seed]
+    cases = {case.name: case for case in data.cases if case.name in {s["case"] for s in stages}}
     for case in cases.values():
         pipeline.identity(case, seed)
     if record["provenance"]["weight_hash"].get(str(seed)) != pipeline.weight_hash()[str(seed)]:
@@ -201,7 +201,7 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
             "backbone.path, another device or version of torch. Export where the record was made."
         )
         raise UserError("backbone", record["backbone"], message)
-    case, backbone = cases[cell["case"]], pipeline.parts.backbone
+    case, backbone = cases[stage["case"]], pipeline.parts.backbone
     published, original = clone(backbone.build(case, seed)), pipeline.original(case, seed)
     released = clone(original)
     released.load_state_dict({**released.state_dict(), **tensors})
@@ -241,7 +241,7 @@ def _is_ours(target: str) -> bool:
 # ---- files
 
 
-def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) -> None:
+def write(record: Stored, stage: dict[str, Any], release: Release, folder: Path) -> None:
     """Write all files of an export, ``SHA256SUMS`` last: a folder without it does not verify."""
     folder = folder.resolve()  # `.` has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -252,10 +252,10 @@ def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) 
         else:
             facts = _write_features(release, partial)
         copied = _write_record(record, partial)
-        facts |= {key: cell[key] for key in ("model", "case", "seed")} | {
+        facts |= {key: stage[key] for key in ("model", "case", "seed")} | {
             "immunizer": record["immunizer"],
             "format": FORMAT,
-            "stage_key": cell["key"],
+            "stage_key": stage["key"],
             "content_hash": copied["content_hash"],
             "versions": versions(_PACKAGES),
         }
@@ -267,7 +267,7 @@ def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) 
             path.rename(folder / path.name)
 
 
-def write_unet(record: Stored, cell: dict[str, Any], release: Release, file: Path) -> Path:
+def write_unet(record: Stored, stage: dict[str, Any], release: Release, file: Path) -> Path:
     """Write the tensors of the U-Net that immunization changed, in half precision, for
     ``immunize=stored``.
 
@@ -280,8 +280,8 @@ def write_unet(record: Stored, cell: dict[str, Any], release: Release, file: Pat
     facts = {
         "immunizer": record["immunizer"],
         "targets": list(release.targets),
-        "case": cell["case"],
-        "seed": cell["seed"],
+        "case": stage["case"],
+        "seed": stage["seed"],
         "record": record["content_hash"],
     }
     state = changed_tensors(release.original.unet, release.released.unet)
@@ -381,16 +381,16 @@ def _write_record(record: Stored, folder: Path) -> Record:
     return copied
 
 
-def write_attack(record: Stored, cell: dict[str, Any], cfg: DictConfig, folder: Path) -> None:
+def write_attack(record: Stored, stage: dict[str, Any], cfg: DictConfig, folder: Path) -> None:
     """Write the weights of one attack: a peft adapter, a U-Net, or deltas and embeddings.
 
     Raises:
         UserError: weights that are not in the cache or were not kept, or of a feature extractor.
     """
-    artifact = read_stage(record, cell, cfg)
+    artifact = read_stage(record, stage, cfg)
     if "form" not in artifact.values["info"]:
         message = "attacks no text-to-image model; its weights have no format."
-        raise UserError("export.attack", cell["attack"], message)
+        raise UserError("export.attack", stage["attack"], message)
     weights = part_of(artifact.tensors, "weights/")
     trajectory = Trajectory(**artifact.values, weights=weights, samples={})
     for path in write_attack_weights(trajectory, folder):
@@ -424,10 +424,10 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         str(_TEMPLATE),
         record=record,
         facts=facts,
-        cells=[
-            cell | {"attack": searched_attack(cell["attack"])}
-            for cell in record["cells"]
-            if cell["stage"] == "attack"
+        stages=[
+            stage | {"attack": searched_attack(stage["attack"])}
+            for stage in record["stages"]
+            if stage["kind"] == "attack"
         ],
         columns=columns(record["metrics"]),
         credits=list(dict.fromkeys(credits)),

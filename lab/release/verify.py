@@ -102,11 +102,11 @@ def check(folder: Path, base: str | None = None) -> list[str]:
         lines.append(f"hashes: {len(read_sums(folder))} files; fingerprint {fingerprint}")
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         record = records.read(folder / RECORD)
-        cell, line = find_cell(folder, facts, record)
+        stage, line = find_stage(folder, facts, record)
         lines.append(f"record: {line}")
         model, tensors = load_export(folder, facts)
         lines.append(f"layout: {facts['kind']}, {len(tensors)} tensors")
-        lines.append(f"weights: {check_weights(facts, cell, model, tensors)}")
+        lines.append(f"weights: {check_weights(facts, stage, model, tensors)}")
         if model is not None:
             lines.append(f"delta: {check_delta(folder, facts, record, model, tensors, base)}")
     except (*_UNFIT, UserError) as error:
@@ -119,7 +119,7 @@ STEPS = ("hashes", "record", "layout", "weights", "delta")  # each gives a line
 _UNFIT = (OSError, ValueError, LookupError, RuntimeError, SafetensorError)
 
 
-def find_cell(
+def find_stage(
     folder: Path, facts: dict[str, Any], record: records.Record
 ) -> tuple[dict[str, Any], str]:
     """Return the immunization of ``record`` that the folder is about, and a line on it.
@@ -132,9 +132,9 @@ def find_cell(
     if not facts["content_hash"] == record["content_hash"] in card:
         raise ValueError(f"{FACTS} or {CARD} is about another run than {RECORD}")
     labels = {key: facts[key] for key in ("model", "case", "seed")}
-    wanted = {"stage": "immunize", "key": facts["stage_key"], "status": "ok", **labels}
-    cell = next((c for c in record["cells"] if wanted.items() <= c.items()), None)
-    if cell is None:
+    wanted = {"kind": "immunize", "key": facts["stage_key"], "status": "ok", **labels}
+    stage = next((s for s in record["stages"] if wanted.items() <= s.items()), None)
+    if stage is None:
         raise ValueError(f"{RECORD} has no finished immunization that {FACTS} names")
     for image in record.get("images", {}).values():
         if file_hash(folder / image["path"]) != image["sha256"]:
@@ -142,7 +142,7 @@ def find_cell(
     line = f"{record['name']}, {labels}: {record['status']}"
     if f"**{outcome(record).headline}**" not in card:
         line += f"; {CARD} not checked: it states another verdict than this version, read {RECORD}"
-    return cell, line
+    return stage, line
 
 
 def load_export(
@@ -167,7 +167,7 @@ def load_export(
 
 def check_weights(
     facts: dict[str, Any],
-    cell: dict[str, Any],
+    stage: dict[str, Any],
     model: DiffusionModel | None,
     tensors: dict[str, Tensor],
 ) -> str:
@@ -178,7 +178,7 @@ def check_weights(
     if state_hash(tensors) != facts["unet" if model else "weights"]:
         raise ValueError(f"the weights are not those that {FACTS} names")
     changed = {name: tensors[file] for name, file in facts["immunized"].items()}
-    if cell.get("weights") not in (None, state_hash(changed)):  # None before schema 1.3
+    if stage.get("weights") not in (None, state_hash(changed)):  # None before schema 1.3
         raise ValueError(f"the weights are not those that {RECORD} measured")
     return f"finite, {len(changed)} tensors as the record has them"
 

@@ -27,7 +27,7 @@ from lab.core.errors import RunFailed
 from lab.core.hashing import write_atomically
 from lab.core.types import Checkpoint
 from lab.runner.batch import SIGNALS
-from lab.runner.pipeline import Cell
+from lab.runner.pipeline import Stage
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -49,16 +49,16 @@ class Executor:
 
     def map(
         self,
-        compute: Callable[[Cell], Result],
-        cells: Sequence[Cell],
-        shards: Callable[[Cell], int],
+        compute: Callable[[Stage], Result],
+        stages: Sequence[Stage],
+        shards: Callable[[Stage], int],
     ) -> Iterable[Result]:
-        """Return ``compute(cell)`` of each cell in order, on every process.
+        """Return ``compute(stage)`` of each stage in order, on every process.
 
         Args:
             shards: into how many parts a stage can be split; 0 for one that costs nothing.
         """
-        return map(compute, cells)  # one after another, as they are asked for
+        return map(compute, stages)  # one after another, as they are asked for
 
     def cause(self, error: BaseException) -> BaseException:
         """Return why the run ends: ``error``, or what happened in another process before."""
@@ -122,12 +122,12 @@ class DistributedExecutor(Executor):
 
     def map(
         self,
-        compute: Callable[[Cell], Result],
-        cells: Sequence[Cell],
-        shards: Callable[[Cell], int],
+        compute: Callable[[Stage], Result],
+        stages: Sequence[Stage],
+        shards: Callable[[Stage], int],
     ) -> list[Result]:
-        keys = [cell.key for cell in cells]
-        parts = [shards(cell) for cell in cells] if self.is_main else []
+        keys = [stage.key for stage in stages]
+        parts = [shards(stage) for stage in stages] if self.is_main else []
         first_keys, parts = self.patient.broadcast_object((keys, parts))
         if first_keys != keys:
             raise RuntimeError(
@@ -137,14 +137,14 @@ class DistributedExecutor(Executor):
         alone, together = split(parts, self.size)
         own = alone[self.patient.rank :: self.size]
         log.info("%d stages here, %d by all processes", len(own), len(together))
-        results = self.patient.gather({i: compute(cells[i]) for i in own})
+        results = self.patient.gather({i: compute(stages[i]) for i in own})
         for i in together:
-            results[i] = self._compute_together(compute, cells[i])
-        return [results[i] for i in range(len(cells))]
+            results[i] = self._compute_together(compute, stages[i])
+        return [results[i] for i in range(len(stages))]
 
-    def _compute_together(self, compute: Callable[[Cell], Result], cell: Cell) -> Result:
+    def _compute_together(self, compute: Callable[[Stage], Result], stage: Stage) -> Result:
         """Compute one stage with all processes; the main one holds its lock and writes it."""
-        log.info("stage %s, with %d processes", cell.title, self.size)
+        log.info("stage %s, with %d processes", stage.title, self.size)
         begun = False
 
         def lead(checkpoint: Checkpoint) -> Artifact:
@@ -152,14 +152,14 @@ class DistributedExecutor(Executor):
             begun = True
             self.patient.broadcast_object(True)
             with working(self.team):
-                return cell.compute(SharedCheckpoint(checkpoint, self.team))
+                return stage.compute(SharedCheckpoint(checkpoint, self.team))
 
         if not self.is_main:
             if self.patient.broadcast_object(None):
                 with working(self.team):
-                    cell.compute(SharedCheckpoint(None, self.team))
+                    stage.compute(SharedCheckpoint(None, self.team))
             return self.patient.broadcast_object(None)
-        result = compute(replace(cell, compute=lead))
+        result = compute(replace(stage, compute=lead))
         if not begun:  # another run computed it in the meantime
             self.patient.broadcast_object(False)
         return self.patient.broadcast_object(result)

@@ -27,7 +27,7 @@ from lab.core.types import Scores
 from lab.runner.assemble import assemble, check_cases, open_attacks
 from lab.runner.batch import relative
 from lab.runner.executors import Executor
-from lab.runner.pipeline import Cell, Pipeline
+from lab.runner.pipeline import Pipeline, Stage
 from lab.runner.plan import StagePlan
 from lab.tracking import Trackers
 
@@ -36,13 +36,13 @@ progress_log = logging.getLogger("progress")
 VERDICT_METRICS = ("verdict", "verdict_share")
 
 
-def is_recoverable(cell: Cell, error: Exception) -> bool:
+def is_recoverable(stage: Stage, error: Exception) -> bool:
     """Return True if the run can continue without this stage.
 
     Every later stage needs the immunized model, and a `UserError` is for the user to fix first.
     """
     return not (
-        cell.stage == "immunize" or isinstance(error, UserError) or affects_all_stages(error)
+        stage.kind == "immunize" or isinstance(error, UserError) or affects_all_stages(error)
     )
 
 
@@ -53,25 +53,25 @@ def affects_all_stages(error: BaseException) -> bool:
 
 def describe(
     error: BaseException,
-    cell: Cell | None = None,
+    stage: Stage | None = None,
     rank: int | None = None,
 ) -> RunFailed:
     """Return ``error`` as plain values; a `RunFailed` is returned as it is.
 
     Args:
-        cell: the stage that ran.
+        stage: the stage that ran.
         rank: of this process, in a run of several.
     """
     if isinstance(error, RunFailed):
         return error
-    key = None if cell is None or affects_all_stages(error) else cell.part
+    key = None if stage is None or affects_all_stages(error) else stage.part
     return RunFailed(
         type=type(error).__name__,
         message=str(error),
         user_message=explain(error),
         key=error.key if isinstance(error, UserError) else key,
         step=error.step if isinstance(error, Diverged) else None,
-        stage=cell.key if cell else None,
+        stage=stage.key if stage else None,
         rank=rank,
         traceback="".join(traceback.format_exception(error)),
     )
@@ -125,15 +125,15 @@ class Run:
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
-        self.cells: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
         self.hits = 0
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
         self.failure: RunFailed | None = None  # what the run ends with, after everything else
         # kind of stage → name of an attack or a metric → reason
         self.failed: dict[str, dict[str, str]] = {"attack": {}, "eval": {}}
-        self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
-        self.current: Cell | None = None  # what this process computes
+        self.waiting: list[Stage] = []  # the stages in progress, here or in other processes
+        self.current: Stage | None = None  # what this process computes
         self.failed_parts: set[str] = set()  # config keys of what failed in this process
         self.pipeline = build_pipeline(cfg)
         self.plan = StagePlan(cfg, self.pipeline, self.applicable_metrics())
@@ -147,18 +147,18 @@ class Run:
         pipeline = self.pipeline
         if self.executor.is_main:
             progress_log.info(self.plan.describe())
-        self._compute_stages(list(pipeline.immunize_cells()))
+        self._compute_stages(list(pipeline.immunize_stages()))
         if pipeline.seeds:  # else every case diverged, which the record says
             pipeline.find_settled_tasks()
             if pipeline.settled_tasks:  # their attacks are planned no more
                 self.plan = StagePlan(self.cfg, pipeline, self.applicable_metrics())
-            self._compute_stages(list(pipeline.attack_cells()))
+            self._compute_stages(list(pipeline.attack_stages()))
             self._leave_out_failed_attacks()
-            cells = [pipeline.eval_cell(name) for name in self.applicable_metrics()]
-            self._compute_stages(cells)
-            for cell in cells:
-                if cell.metric not in self.failed["eval"] and self.executor.is_main:
-                    self._collect_scores(cell)
+            stages = [pipeline.eval_stage(name) for name in self.applicable_metrics()]
+            self._compute_stages(stages)
+            for stage in stages:
+                if stage.metric not in self.failed["eval"] and self.executor.is_main:
+                    self._collect_scores(stage)
         if self.failure is not None and self.executor.is_main:
             raise self.failure
 
@@ -177,62 +177,62 @@ class Run:
                 names.append(name)
         return names
 
-    def _compute_stages(self, cells: list[Cell]) -> None:
-        """Let the executor compute ``cells``, and note the results."""
-        self.waiting = list(cells)
-        for result in self.executor.map(self.run_stage, cells, self.pipeline.shards):
+    def _compute_stages(self, stages: list[Stage]) -> None:
+        """Let the executor compute ``stages``, and note the results."""
+        self.waiting = list(stages)
+        for result in self.executor.map(self.run_stage, stages, self.pipeline.shards):
             self._note(self.waiting.pop(0), result)
 
-    def run_stage(self, cell: Cell) -> StageResult:
+    def run_stage(self, stage: Stage) -> StageResult:
         """Compute or read one stage in this process."""
-        if cell.part in self.failed_parts:  # in another stage of the same attack
+        if stage.part in self.failed_parts:  # in another stage of the same attack
             return StageResult("pending")
         if self.executor.is_main:
-            self.plan.announce(cell, self.executor.facts().get("processes", 1))
-        self.current = cell
+            self.plan.announce(stage, self.executor.facts().get("processes", 1))
+        self.current = stage
         try:
-            artifact, hit = self.pipeline.compute(cell)
+            artifact, hit = self.pipeline.compute(stage)
         except Exception as error:
-            if not is_recoverable(cell, error):
+            if not is_recoverable(stage, error):
                 raise
-            failure = describe(error, cell, self.executor.rank)
-            log.warning("%s failed, the others go on: %s", cell.title, failure)
+            failure = describe(error, stage, self.executor.rank)
+            log.warning("%s failed, the others go on: %s", stage.title, failure)
             log.info("%s", failure.traceback)
-            self.failed_parts.add(cell.part)
+            self.failed_parts.add(stage.part)
             result = StageResult("failed", failure=failure)
         else:
-            result = _result(cell, artifact, hit)
-            log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
+            result = _result(stage, artifact, hit)
+            log.info("%s %s %s", "read" if hit else "computed", stage.kind, stage.key)
         self.current = None
-        self.plan.finish(cell, result.seconds)
+        self.plan.finish(stage, result.seconds)
         return result
 
-    def _note(self, cell: Cell, result: StageResult) -> None:
+    def _note(self, stage: Stage, result: StageResult) -> None:
         """Note what became of a stage, the same on every process."""
-        status = "pending" if cell.attack in self.failed["attack"] else result.status
+        status = "pending" if stage.attack in self.failed["attack"] else result.status
         entry: dict[str, Any] = {
-            "stage": cell.stage,
-            "key": cell.key,
+            "kind": stage.kind,
+            "key": stage.key,
             "status": status,
-            **cell.labels,
+            **stage.labels,
         }
-        self.cells.append(entry)
+        self.stages.append(entry)
         if status == "failed" and result.failure is not None:
-            self._add_failure(cell, result.failure)
+            self._add_failure(stage, result.failure)
         if status not in ("ok", "diverged"):
             return
         self.hits += result.hit
         if not result.hit:
-            self.pipeline.cache.trust([cell.key])
+            self.pipeline.cache.trust([stage.key])
         entry["seconds"] = result.seconds
         if result.weights is not None:
             entry["weights"] = result.weights
-        where = f"{cell.model} on case {cell.case}, seed {cell.seed}"
+        where = f"{stage.model} on case {stage.case}, seed {stage.seed}"
         history, error = result.values.get("history", {}), result.values.get("error")
         if error is not None:
             step, message = error["last_good_step"], error["message"]
             log.warning("%s diverged after step %s: %s", where, step, message)
-            self.pipeline.diverged[str(cell.case), int(cell.seed or 0)] = error
+            self.pipeline.diverged[str(stage.case), int(stage.seed or 0)] = error
             self.status = "diverged"
             self.error = self.error or _error("Diverged", f"{where}: {message}", "immunize", step)
         elif 1 in history.get("diverged", []):
@@ -242,10 +242,10 @@ class Run:
             log.warning(note)
             self.pipeline.notes[note] = None
 
-    def _add_failure(self, cell: Cell, failure: RunFailed) -> None:
-        """Note that ``cell`` failed; of an attack or a metric the first failure counts."""
+    def _add_failure(self, stage: Stage, failure: RunFailed) -> None:
+        """Note that ``stage`` failed; of an attack or a metric the first failure counts."""
         reason = f"{failure.type}: {failure.message}"
-        self.failed[cell.stage].setdefault(str(cell.metric or cell.attack), reason)
+        self.failed[stage.kind].setdefault(str(stage.metric or stage.attack), reason)
         self.failure = self.failure or failure
 
     def _leave_out_failed_attacks(self) -> None:
@@ -255,15 +255,15 @@ class Run:
             name for name in self.pipeline.attacks if name not in self.failed["attack"]
         )
 
-    def _collect_scores(self, cell: Cell) -> None:
+    def _collect_scores(self, stage: Stage) -> None:
         """Keep the scores of a metric; one that would write over another's has failed."""
-        scores = self.pipeline.scores(str(cell.metric))
+        scores = self.pipeline.scores(str(stage.metric))
         try:
             records.scores_json([*self.scores, scores])
             records.merged([*self.scores, scores], "images")
         except ValueError as error:
-            self._add_failure(cell, describe(error, cell))
-            next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
+            self._add_failure(stage, describe(error, stage))
+            next(s for s in self.stages if s["key"] == stage.key)["status"] = "failed"
         else:
             self.scores.append(scores)
 
@@ -273,13 +273,13 @@ class Run:
         """Note why the run ended, and what is known of the stages in progress."""
         failure = describe(error, self.current, self.executor.rank)
         preempted = isinstance(error, KeyboardInterrupt)
-        for cell in self.waiting:
+        for stage in self.waiting:
             status: Literal["ok", "failed", "pending"] = "pending"
-            if self.pipeline.cache.has(*cell.place, cell.parents):
+            if self.pipeline.cache.has(*stage.place, stage.parents):
                 status = "ok"
-            elif cell.key == failure.stage and not preempted:
+            elif stage.key == failure.stage and not preempted:
                 status = "failed"
-            self._note(cell, StageResult(status))
+            self._note(stage, StageResult(status))
         self.status, step, message = "failed", failure.step, failure.message
         if preempted:
             self.status = "preempted"
@@ -313,7 +313,7 @@ class Run:
         cfg, pipeline = self.cfg, self.pipeline
         seeds = list(pipeline.parts.seeds)
         facts = provenance(self.started, time.monotonic() - self.clock) | self.executor.facts()
-        done = sum(cell["status"] in ("ok", "diverged") for cell in self.cells)
+        done = sum(stage["status"] in ("ok", "diverged") for stage in self.stages)
         facts |= {"cache_hits": self.hits, "cache_misses": done - self.hits}
         facts |= {"data_hash": pipeline.data_hash, "weight_hash": pipeline.weight_hash()}
         results = records.scores_json(self.scores)
@@ -331,7 +331,7 @@ class Run:
             "seeds": seeds,
             "config": records.clean(OmegaConf.to_container(cfg, resolve=True)),
             "notes": [*filter(None, [cfg.remark]), *pipeline.notes],
-            "cells": self.cells,
+            "stages": self.stages,
             "error": self.error,
             "skipped": self.skipped | self.failed["eval"],
             "provenance": facts,
@@ -339,10 +339,10 @@ class Run:
         }
 
 
-def _result(cell: Cell, artifact: Artifact, hit: bool) -> StageResult:
+def _result(stage: Stage, artifact: Artifact, hit: bool) -> StageResult:
     """Return what all processes learn of an artifact."""
     values = artifact.values
-    if cell.stage != "immunize":
+    if stage.kind != "immunize":
         return StageResult(values.get("status", "ok"), hit, artifact.seconds)
     if values["error"] is not None:
         return StageResult("diverged", hit, artifact.seconds, values)

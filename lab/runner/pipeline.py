@@ -40,7 +40,7 @@ LogHook = Callable[[str, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Stage:
     """One stage of a run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Cell:
         model, case, seed, attack, task, metric: what it is about; None where that has no meaning.
     """
 
-    stage: Literal["immunize", "attack", "eval"]
+    kind: Literal["immunize", "attack", "eval"]
     key: str
     compute: Callable[[Checkpoint], Artifact]
     parents: tuple[Place, ...] = ()
@@ -64,7 +64,7 @@ class Cell:
 
     @property
     def place(self) -> Place:
-        return self.stage, self.key
+        return self.kind, self.key
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Cell:
     def part(self) -> str:
         """The config key of the part that computes it."""
         keys = {"attack": f"attacks.{self.attack}", "eval": f"eval.{self.metric}"}
-        return keys.get(self.stage, "immunize")
+        return keys.get(self.kind, "immunize")
 
 
 class Pipeline:
@@ -152,11 +152,11 @@ class Pipeline:
 
     # ---- stages
 
-    def compute(self, cell: Cell) -> tuple[Artifact, bool]:
-        """Return the artifact of ``cell`` and whether the cache had it."""
-        return self.cache.get(*cell.place, cell.compute, cell.parents)
+    def compute(self, stage: Stage) -> tuple[Artifact, bool]:
+        """Return the artifact of ``stage`` and whether the cache had it."""
+        return self.cache.get(*stage.place, stage.compute, stage.parents)
 
-    def immunize_cell(self, model_name: str, case: AnyCase, seed: int) -> Cell:
+    def immunize_stage(self, model_name: str, case: AnyCase, seed: int) -> Stage:
         part = self.parts.model_names[model_name]
         upstream = {"case": self.identity(case, seed), "backbone": self.parts.backbone_identity}
         key = stage_key(part=part.identity, seed=seed, computing=computing(), **upstream)
@@ -196,7 +196,7 @@ class Pipeline:
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
             return Artifact({"history": history, "error": error}, changed)
 
-        return Cell(
+        return Stage(
             "immunize",
             key,
             compute,
@@ -222,11 +222,11 @@ class Pipeline:
             raise UserError("immunize", method, fix)
         return changed
 
-    def attack_cell(
+    def attack_stage(
         self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
-    ) -> Cell:
+    ) -> Stage:
         part = self.parts.attacks[attack]
-        source = self.immunize_cell(model_name, case, seed)
+        source = self.immunize_stage(model_name, case, seed)
         key = stage_key(
             part=part.identity,
             upstream=source.key,
@@ -253,7 +253,7 @@ class Pipeline:
             tensors |= {f"samples/{name}": t for name, t in trajectory.samples.items()}
             return Artifact({name: getattr(trajectory, name) for name in fields}, tensors)
 
-        return Cell(
+        return Stage(
             "attack",
             key,
             compute,
@@ -265,9 +265,12 @@ class Pipeline:
             task=task.name,
         )
 
-    def eval_cell(self, metric: str) -> Cell:
+    def eval_stage(self, metric: str) -> Stage:
         part = self.parts.metrics[metric]
-        upstream = [*self.immunize_cells(), *(self.attack_cells() if part.obj.needs_attack else ())]
+        upstream = [
+            *self.immunize_stages(),
+            *(self.attack_stages() if part.obj.needs_attack else ()),
+        ]
         cases = [case for seed in self.seeds for case in self.cases(seed)]
         samplings = {
             dataclasses.astuple(case.sampling) for case in cases if isinstance(case, ConceptCase)
@@ -284,23 +287,23 @@ class Pipeline:
             values = dataclasses.asdict(dataclasses.replace(scores, images={})) | {"images": grids}
             return Artifact(values, {name: grid.images for name, grid in scores.images.items()})
 
-        key = stage_key(part=part.identity, upstream=[cell.key for cell in upstream], **sampling)
-        return Cell("eval", key, compute, tuple(cell.place for cell in upstream), metric=metric)
+        key = stage_key(part=part.identity, upstream=[stage.key for stage in upstream], **sampling)
+        return Stage("eval", key, compute, tuple(stage.place for stage in upstream), metric=metric)
 
-    def immunize_cells(self) -> Iterator[Cell]:
+    def immunize_stages(self) -> Iterator[Stage]:
         for seed in self.parts.seeds:
             for case in self.data(seed).cases:
                 for model_name in self.model_names:
-                    yield self.immunize_cell(model_name, case, seed)
+                    yield self.immunize_stage(model_name, case, seed)
 
-    def attack_cells(self) -> Iterator[Cell]:
+    def attack_stages(self) -> Iterator[Stage]:
         """Yield the attacks on every case that did not diverge, without ``settled_tasks``."""
         for seed in self.seeds:
             for case in self.cases(seed):
                 for task in (task for task in case.tasks if task.name not in self.settled_tasks):
                     for model_name in self.model_names:
                         for attack in self.attacks:
-                            yield self.attack_cell(model_name, attack, case, task, seed)
+                            yield self.attack_stage(model_name, attack, case, task, seed)
 
     def find_settled_tasks(self) -> None:
         """Ask the metrics for ``settled_tasks``; an audit generates images for that."""
@@ -308,9 +311,9 @@ class Pipeline:
         each = [metric.settled_tasks(self) for metric in metrics]
         self.settled_tasks = frozenset.intersection(*each) if each else frozenset()
 
-    def shards(self, cell: Cell) -> int:
-        """Return the shards of ``cell``; 0 for one that the cache has."""
-        return 0 if self.cache.has(*cell.place, cell.parents) else cell.shards
+    def shards(self, stage: Stage) -> int:
+        """Return the shards of ``stage``; 0 for one that the cache has."""
+        return 0 if self.cache.has(*stage.place, stage.parents) else stage.shards
 
     # ---- RunView
 
@@ -323,18 +326,18 @@ class Pipeline:
 
     def model(self, model_name: str, case: AnyCase, seed: int) -> Model:
         model = self.original(case, seed)
-        artifact, _ = self.compute(self.immunize_cell(model_name, case, seed))
+        artifact, _ = self.compute(self.immunize_stage(model_name, case, seed))
         model.load_state_dict({**model.state_dict(), **artifact.tensors})
         return model
 
     def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
-        artifact, _ = self.compute(self.immunize_cell(self.model_names[-1], case, seed))
+        artifact, _ = self.compute(self.immunize_stage(self.model_names[-1], case, seed))
         return artifact.values["history"]
 
     def trajectory(
         self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
     ) -> Trajectory:
-        artifact, _ = self.compute(self.attack_cell(model_name, attack, case, task, seed))
+        artifact, _ = self.compute(self.attack_stage(model_name, attack, case, task, seed))
         weights, samples = (
             part_of(artifact.tensors, f"{kind}/") for kind in ("weights", "samples")
         )
@@ -347,7 +350,7 @@ class Pipeline:
 
     def scores(self, metric: str) -> Scores:
         """Return what a metric computed."""
-        artifact, _ = self.compute(self.eval_cell(metric))
+        artifact, _ = self.compute(self.eval_stage(metric))
         values = artifact.values
         metrics = {
             name: (SeedScore if "per_seed" in item else Score)(**item)

@@ -10,7 +10,7 @@ from statistics import mean
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from lab.runner.pipeline import Cell, Pipeline
+from lab.runner.pipeline import Pipeline, Stage
 
 log = logging.getLogger("progress")  # conf/hydra/job_logging/quiet.yaml shows it on the terminal
 
@@ -31,17 +31,17 @@ class StagePlan:
     times `STEP_SECONDS`.
 
     Attributes:
-        cells: all stages.
+        stages: all stages.
         missing: titles of those that the cache lacks; keys change where an attack fails.
         costly: those of them that take time; a baseline is only loaded.
     """
 
     def __init__(self, cfg: DictConfig, pipeline: Pipeline, metrics: Sequence[str]) -> None:
-        self.cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
-        self.cells += [pipeline.eval_cell(name) for name in metrics]
-        absent = [c for c in self.cells if not pipeline.cache.has(*c.place, c.parents)]
-        self.missing = {cell.title for cell in absent}
-        self.costly = {cell.title for cell in absent if cell.shards}
+        self.stages = [*pipeline.immunize_stages(), *pipeline.attack_stages()]
+        self.stages += [pipeline.eval_stage(name) for name in metrics]
+        absent = [s for s in self.stages if not pipeline.cache.has(*s.place, s.parents)]
+        self.missing = {stage.title for stage in absent}
+        self.costly = {stage.title for stage in absent if stage.shards}
         self.measured: dict[str, list[float]] = {}  # part → seconds in this run
         steps = {"attack": pipeline.budget.steps, "eval": 1}
         steps["immunize"] = cfg.immunize.get("steps") or cfg.immunize.get("epochs") or 1
@@ -60,40 +60,40 @@ class StagePlan:
         )
         self.default["attack"] += default["attack"] * trials / max(len(searches), 1)
 
-    def seconds(self, cell: Cell) -> float:
+    def seconds(self, stage: Stage) -> float:
         """Return the estimated time of a stage; 0 for one that is cached or costs nothing."""
-        if cell.title not in self.costly:
+        if stage.title not in self.costly:
             return 0.0
-        known = self.measured.get(cell.part)
-        return mean(known) if known else self.default[cell.stage]
+        known = self.measured.get(stage.part)
+        return mean(known) if known else self.default[stage.kind]
 
     def describe(self) -> str:
         """Return how many stages there are, how many are cached, and the time of the others."""
-        counts = f"{len(self.cells)} stages, {len(self.cells) - len(self.missing)} cached"
+        counts = f"{len(self.stages)} stages, {len(self.stages) - len(self.missing)} cached"
         if not self.costly:
             return counts
-        return f"{counts}, about {_minutes(sum(map(self.seconds, self.cells)))} on two CPU cores"
+        return f"{counts}, about {_minutes(sum(map(self.seconds, self.stages)))} on two CPU cores"
 
     def lines(self) -> list[str]:
         """Return a line for each stage."""
         lines = []
-        for cell in self.cells:
-            time = _minutes(self.seconds(cell)) if cell.title in self.missing else "cached"
-            lines.append(f"  {time:>8}  {cell.key[:12]}  {cell.title}")
+        for stage in self.stages:
+            time = _minutes(self.seconds(stage)) if stage.title in self.missing else "cached"
+            lines.append(f"  {time:>8}  {stage.key[:12]}  {stage.title}")
         return lines
 
-    def announce(self, cell: Cell, processes: int) -> None:
+    def announce(self, stage: Stage, processes: int) -> None:
         """Log that a missing stage begins, and when the run will end."""
-        if cell.title in self.missing:
-            number = [other.title for other in self.cells].index(cell.title)
-            left = sum(map(self.seconds, self.cells[number:])) / processes
+        if stage.title in self.missing:
+            number = [other.title for other in self.stages].index(stage.title)
+            left = sum(map(self.seconds, self.stages[number:])) / processes
             eta = tqdm.format_interval(left)
-            log.info("[%d/%d] %s … ETA %s", number + 1, len(self.cells), cell.title, eta)
+            log.info("[%d/%d] %s … ETA %s", number + 1, len(self.stages), stage.title, eta)
 
-    def finish(self, cell: Cell, seconds: float | None) -> None:
+    def finish(self, stage: Stage, seconds: float | None) -> None:
         """Note how long a stage took."""
-        if cell.title in self.costly and seconds is not None:
-            self.measured.setdefault(cell.part, []).append(seconds)
+        if stage.title in self.costly and seconds is not None:
+            self.measured.setdefault(stage.part, []).append(seconds)
 
 
 def _minutes(seconds: float) -> str:

@@ -45,8 +45,8 @@ def summarize(record: Record, verbose: bool = False) -> str:
         shown |= {n: measured(m, n) for n, m in record["metrics"].items() if n != "verdict"}
     width = max(map(len, shown))
     lines = [f"  {heading:<{width}}  {value}" for heading, value in shown.items()]
-    others = Counter(cell["status"] for cell in record["cells"] if cell["status"] != "ok")
-    lines += [f"  {count} of {len(record['cells'])} stages {s}" for s, count in others.items()]
+    others = Counter(stage["status"] for stage in record["stages"] if stage["status"] != "ok")
+    lines += [f"  {count} of {len(record['stages'])} stages {s}" for s, count in others.items()]
     lines += [f"  {name} was left out: {reason}" for name, reason in record["skipped"].items()]
     if verbose:
         lines += [f"  note: {note}" for note in [*result.details, *record["notes"]]]

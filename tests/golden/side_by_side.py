@@ -113,9 +113,9 @@ def collect(record, outputs, seconds):
     """Gather the numbers of a record and of the stages in the cache below a folder."""
     figures = {k: v for k in ("metrics", "curves", "tables") for k, v in numbers(k, record[k])}
     hashes = Counter(
-        f"{cell['model']} {cell['case']} {cell['seed']} {cell['weights']}"
-        for cell in record["cells"]
-        if cell.get("weights")
+        f"{stage['model']} {stage['case']} {stage['seed']} {stage['weights']}"
+        for stage in record["stages"]
+        if stage.get("weights")
     )
     weights = Counter()
     tensors = Counter()

@@ -11,12 +11,12 @@ from lab.core.errors import Diverged, RunFailed
 from lab.core.hashing import stage_key
 from lab.runner.executors import DistributedExecutor, ProcessStates
 from lab.runner.experiment import describe
-from lab.runner.pipeline import Cell
+from lab.runner.pipeline import Stage
 
 SHARDS = {"light": 0, "one": 1, "two": 2, "three": 3}
 
 
-def make_cells(folder, names):
+def make_stages(folder, names):
     """Return a stage per name; its kind is the part before the dash.
 
     Each leaves a file that says which process computed it.
@@ -36,7 +36,7 @@ def make_cells(folder, names):
                 return Artifact({"mean": float(metric.compute())})
             return _sum(checkpoint, diverges=name.startswith("diverges"))
 
-        return Cell("immunize", stage_key(name=name), compute, model=name)
+        return Stage("immunize", stage_key(name=name), compute, model=name)
 
     return [make(name) for name in names]
 
@@ -68,17 +68,17 @@ def execute(root, names):
     states = ProcessStates(folder / "ranks")
     executor = DistributedExecutor(states, lambda: False, 60.0)
     store = StageCache(folder / "cache")
-    cells = make_cells(folder, names)
+    stages = make_stages(folder, names)
 
-    def shards(cell):
-        return 0 if store.has(*cell.place) else SHARDS.get(str(cell.model).partition("-")[0], 1)
+    def shards(stage):
+        return 0 if store.has(*stage.place) else SHARDS.get(str(stage.model).partition("-")[0], 1)
 
-    def compute(cell):
-        artifact, hit = store.get(*cell.place, cell.compute, cell.parents)
+    def compute(stage):
+        artifact, hit = store.get(*stage.place, stage.compute, stage.parents)
         return artifact.values | {k: float(t) for k, t in artifact.tensors.items()} | {"hit": hit}
 
     try:
-        results = executor.map(compute, cells, shards)
+        results = executor.map(compute, stages, shards)
     except Exception as error:
         cause = executor.cause(error)
         failure = describe(cause, rank=executor.rank)

@@ -103,7 +103,6 @@ def generated(immunizer="mima_deep", holds=True, folder=None, **kwargs):
     learnt = [0.03] + [top * (1 - math.exp(-s / 70)) for s in STEPS[1:]]
     lost = [0.0, 0.26, 0.21, 0.14, 0.08] if holds else [0.0, 0.02, 0.01, 0.0, -0.01]
     base = {
-        "schema": "1.1",
         "name": f"relearn/{immunizer}",
         "scenario": "relearn",
         "backbone": "minisd",

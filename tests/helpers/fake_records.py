@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from lab.core.record import content_hash, validate
+from lab.core.record import SCHEMA_VERSION, content_hash, validate
 from lab.core.types import Budget
 
 Record = dict[str, Any]
@@ -22,13 +22,13 @@ def metric(
         "better": better,
         "interval": "across_seeds",
     }
-    return base | {"note": None, "unit": ""} | kwargs
+    return base | {"note": None, "unit": "", "bound": None} | kwargs
 
 
 def record(immunizer: str = "kappa", **kwargs: Any) -> Record:
     """A valid record; ``kwargs`` replace whole entries."""
     base: Record = {
-        "schema": "1.0",
+        "schema": SCHEMA_VERSION,
         "name": f"house_price_table/{immunizer}",
         "status": "ok",
         "scenario": "house_price",
@@ -55,9 +55,9 @@ def record(immunizer: str = "kappa", **kwargs: Any) -> Record:
             "Dropped 6 of 79 columns that are constant in one task (Utilities …); rank 61 of "
             "61 remains."
         ],
-        "cells": [
+        "stages": [
             {
-                "stage": "immunize",
+                "kind": "immunize",
                 "model": immunizer,
                 "case": "house",
                 "seed": s,
@@ -271,9 +271,9 @@ def failed(message: str = "immunize.lambda_p=-1: must be ≥ 0.") -> Record:
         "key": "immunize.lambda_p",
         "last_good_step": None,
     }
-    cells = [
+    stages = [
         {
-            "stage": "immunize",
+            "kind": "immunize",
             "model": "kappa_imma",
             "case": "house",
             "seed": 1,
@@ -283,7 +283,7 @@ def failed(message: str = "immunize.lambda_p=-1: must be ≥ 0.") -> Record:
             "status": "failed",
         }
     ]
-    return record("kappa_imma", status="failed", error=error, cells=cells, notes=[])
+    return record("kappa_imma", status="failed", error=error, stages=stages, notes=[])
 
 
 def baseline() -> Record:

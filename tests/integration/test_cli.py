@@ -23,14 +23,14 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     first = record_of(cli(*FAST).out, tmp_path)
     assert (first["status"], first["immunizer"], first["metrics"]["rir"]["n"]) == ("ok", "kappa", 1)
     assert first["provenance"]["cache_hits"] == 0
-    assert {c["model"] for c in first["cells"]} == {"baseline", "immunized", None}
+    assert {c["model"] for c in first["stages"]} == {"baseline", "immunized", None}
     assert next((tmp_path / "outputs").rglob("report.html")).is_file()
     second = record_of(cli(*FAST).out, tmp_path)
     assert (second["provenance"]["cache_misses"], second["content_hash"]) == (
         0,
         first["content_hash"],
     )
-    assert [c["seconds"] for c in second["cells"]] == [c["seconds"] for c in first["cells"]]
+    assert [c["seconds"] for c in second["stages"]] == [c["seconds"] for c in first["stages"]]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkey
     assert "continues" in err
     stopped = record_of(out, tmp_path)
     assert (stopped["status"], stopped["error"]["last_good_step"]) == ("preempted", 8)
-    assert [c["status"] for c in stopped["cells"]][:2] == ["ok", "pending"]
+    assert [c["status"] for c in stopped["stages"]][:2] == ["ok", "pending"]
     out = cli(*FAST, "immunize.checkpoint_every=4").out
     assert record_of(out, tmp_path)["provenance"]["cache_hits"] == 1  # the baseline model
 
@@ -89,13 +89,13 @@ def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
     record = record_of(cli(*FAST, "immunize=kappa_paper_house_price").out, tmp_path)
     assert (record["status"], record["metrics"]) == ("diverged", {})
     assert record["error"]["last_good_step"] >= 0
-    assert [c["status"] for c in record["cells"] if c["model"] == "immunized"] == ["diverged"]
+    assert [c["status"] for c in record["stages"] if c["model"] == "immunized"] == ["diverged"]
 
 
 def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
     told = cli("experiment=house_price", "debug=wiring", "immunize.epochs=1")
     record = record_of(told.out, tmp_path)
-    assert {c["stage"] for c in record["cells"]} == {"immunize", "attack", "eval"}
+    assert {c["kind"] for c in record["stages"]} == {"immunize", "attack", "eval"}
     assert (record["seeds"], record["config"]["tracker"]) == ([0], {})
 
 

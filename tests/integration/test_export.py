@@ -38,7 +38,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def chosen(run_folder):
-    """Record and the cell of its immunized model."""
+    """Record and the stage of its immunized model."""
     record = records.read(run_folder[1])
     return record, choose(record, "immunize", composed().export)
 
@@ -107,11 +107,11 @@ def test_changed_tensors_alone_serve_as_an_immunizer(run_folder, exported, tmp_p
 
 def as_if(run_folder, backbone, config, published, released, folder):
     """Export ``released`` as if the finished run had been about it."""
-    record, cell = chosen(run_folder)
+    record, stage = chosen(run_folder)
     record["config"]["backbone"] = config
-    cell["weights"] = state_hash(changed_tensors(published, released))
+    stage["weights"] = state_hash(changed_tensors(published, released))
     release = Release(backbone, published, published, released, ("a note",), ("mosaic",))
-    write(record, cell, release, folder)
+    write(record, stage, release, folder)
     return folder
 
 
@@ -174,9 +174,9 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
     words = ("export.attack=lora", "export.task=mosaic", f"path={tmp_path / 'adapter'}")
     folder = export(options(run_folder, *words))
     cfg = options(run_folder, *words)
-    cell = choose(records.read(run_folder[1]), "attack", cfg.export)
-    assert (cell["attack"], cell["task"], cell["model"]) == ("lora", "mosaic", "immunized")
-    cached = StageCache(cfg.paths.cache).read("attack", cell["key"]).tensors
+    stage = choose(records.read(run_folder[1]), "attack", cfg.export)
+    assert (stage["attack"], stage["task"], stage["model"]) == ("lora", "mosaic", "immunized")
+    cached = StageCache(cfg.paths.cache).read("attack", stage["key"]).tensors
     (file,) = folder.iterdir()
     for name, tensor in load_file(file).items():
         assert torch.equal(tensor, cached[f"weights/{name}"])
@@ -210,21 +210,21 @@ def test_choices_and_places_that_do_not_work(run_folder, tmp_path, words, messag
 def test_weights_that_nobody_measured_are_refused(run_folder, tmp_path):
     """The same recipe, computed again on another machine, lies in the cache under the same key."""
     cache = shutil.copytree(run_folder[0] / "outputs" / "cache", tmp_path / "cache")
-    _, cell = chosen(run_folder)
-    measured = StageCache(cache).read("immunize", cell["key"])
-    shutil.rmtree(StageCache(cache).folder("immunize", cell["key"]))
+    _, stage = chosen(run_folder)
+    measured = StageCache(cache).read("immunize", stage["key"])
+    shutil.rmtree(StageCache(cache).folder("immunize", stage["key"]))
     name, tensor = next(iter(measured.tensors.items()))
     other = Artifact(measured.values, {**measured.tensors, name: tensor * (1 + 1e-6)})
-    StageCache(cache).get("immunize", cell["key"], lambda _: other)
+    StageCache(cache).get("immunize", stage["key"], lambda _: other)
     with pytest.raises(UserError, match="holds other weights than were measured"):
         export(options(run_folder, f"paths.cache={cache}", f"path={tmp_path / 'x'}"))
 
 
 def test_other_original_weights_are_refused(run_folder, tmp_path):
-    record, cell = chosen(run_folder)
+    record, stage = chosen(run_folder)
     record["config"]["backbone"]["path"] = str(tiny_folder(tmp_path / "other", seed=1))
     with pytest.raises(UserError, match="original weights computed here are not those"):
-        rebuild(record, cell, options(run_folder))
+        rebuild(record, stage, options(run_folder))
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def test_eight_processes_on_one_cache_compute_every_stage_once(tmp_path):
     assert done.returncode == 0, done.stderr
     found = found_records(tmp_path)
     assert len(found) == 8
-    keys = {cell["key"] for cell in found[0]["cells"]}
-    assert all({cell["key"] for cell in record["cells"]} == keys for record in found)
+    keys = {stage["key"] for stage in found[0]["stages"]}
+    assert all({stage["key"] for stage in record["stages"]} == keys for record in found)
     assert sum(record["provenance"]["cache_misses"] for record in found) == len(keys)
     assert sum(record["provenance"]["cache_hits"] for record in found) == 7 * len(keys)
     assert len({record["content_hash"] for record in found}) == 1

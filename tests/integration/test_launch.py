@@ -66,7 +66,7 @@ def test_three_processes_make_the_record_of_one_and_only_the_first_speaks(tmp_pa
     assert record["provenance"]["processes"] == 3
     for name, score in record["metrics"].items():
         assert score["value"] == alone["metrics"][name]["value"], name
-    keys = [cell["key"] for cell in record["cells"]]
+    keys = [stage["key"] for stage in record["stages"]]
     assert len(set(keys)) == len(keys) == record["provenance"]["cache_misses"]
     assert {rank: state["state"] for rank, state in rank_states(tmp_path).items()} == dict.fromkeys(
         range(3), "done"
@@ -96,7 +96,7 @@ def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path
             f"error: attacks.fault: process {rank}: ZeroDivisionError: nothing to divide by" in err
         )
         assert "in __call__" in err, "the traceback of the process that failed"
-        assert [cell["status"] for cell in record["cells"]].count("failed") == 1
+        assert [stage["status"] for stage in record["stages"]].count("failed") == 1
 
 
 def test_an_attacker_that_fails_leaves_the_same_record_from_two_processes(tmp_path, alone):
@@ -129,7 +129,7 @@ def test_an_attacker_that_fails_leaves_the_same_record_from_two_processes(tmp_pa
     assert {k: two[k] for k in ("error", "notes", "skipped")} == {
         k: one[k] for k in ("error", "notes", "skipped")
     }
-    assert [c["status"] for c in two["cells"]] == [c["status"] for c in one["cells"]]
+    assert [c["status"] for c in two["stages"]] == [c["status"] for c in one["stages"]]
     assert rank_states(tmp_path / "two").keys() == {0, 1}
     assert two["provenance"]["cache_misses"] == one["provenance"]["cache_misses"]
 

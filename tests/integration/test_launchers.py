@@ -49,7 +49,7 @@ def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(
     assert "Traceback" not in err
     found = found_records(tmp_path)
     assert Counter(record["status"] for record in found) == {"ok": 2}
-    wanted = Counter(cell["key"] for record in found for cell in record["cells"])
+    wanted = Counter(stage["key"] for record in found for stage in record["stages"])
     assert Counter(computed(tmp_path)) == dict.fromkeys(wanted, 1), "a stage ran twice, or never"
     assert max(wanted.values()) == 2, "the baseline model is shared"
     lines = told()

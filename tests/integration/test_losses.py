@@ -12,7 +12,7 @@ from attacks.probes.linear_probe import LinearProbe
 from lab.core.errors import UserError
 from lab.core.types import RunMetric
 from lab.runner.experiment import is_recoverable
-from lab.runner.pipeline import Cell
+from lab.runner.pipeline import Stage
 
 
 class Broken(LinearProbe):
@@ -66,11 +66,11 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
         "ZeroDivisionError",
         "attacks.broken",
     )
-    mine = [cell["status"] for cell in record["cells"] if cell["attack"] == "broken"]
+    mine = [stage["status"] for stage in record["stages"] if stage["attack"] == "broken"]
     assert mine == ["failed", *["pending"] * (len(mine) - 1)], (
         "an attack that failed is not tried again"
     )
-    assert {c["status"] for c in record["cells"] if c["attack"] != "broken"} == {"ok"}
+    assert {c["status"] for c in record["stages"] if c["attack"] != "broken"} == {"ok"}
     whole = record_of(cli(*FAST).out, tmp_path)
     assert whole["provenance"]["cache_misses"] == 0, "nothing that was finished is computed again"
     for name, metric in whole["metrics"].items():
@@ -83,15 +83,15 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
 
 
 def test_a_device_whose_state_is_lost_ends_the_run():
-    cell = Cell("attack", "k", lambda _: None, attack="broken")
-    assert not is_recoverable(cell, RuntimeError("CUDA error: device-side assert triggered"))
-    assert is_recoverable(cell, RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    stage = Stage("attack", "k", lambda _: None, attack="broken")
+    assert not is_recoverable(stage, RuntimeError("CUDA error: device-side assert triggered"))
+    assert is_recoverable(stage, RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
 
 
 def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
     told = broken("attacks=[broken,linear_probe]", error="second task", code=1)
     record = record_of(told.out, tmp_path)
-    states = [cell["status"] for cell in record["cells"] if cell["attack"] == "broken"]
+    states = [stage["status"] for stage in record["stages"] if stage["attack"] == "broken"]
     assert states == ["ok", "ok", "failed", "pending"]
     assert "broken" not in json.dumps(
         [record["metrics"]["slowdown_harmful_worst"], record["tables"], record["curves"]]
@@ -101,7 +101,7 @@ def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
 @pytest.mark.parametrize("error", ["mended", "disk"])
 def test_what_a_user_mends_first_ends_the_run_at_once(broken, tmp_path, error):
     record = record_of(broken("attacks=[broken,linear_probe]", error=error, code=2).out, tmp_path)
-    assert {c["status"] for c in record["cells"] if c["attack"] == "linear_probe"} <= {"pending"}
+    assert {c["status"] for c in record["stages"] if c["attack"] == "linear_probe"} <= {"pending"}
 
 
 def test_a_metric_that_fails_does_not_stop_the_others(broken, cli, tmp_path):

@@ -125,7 +125,7 @@ def test_a_sweep_of_two_by_two_goes_on_after_a_signal_and_a_preemption(submit, c
     assert [cluster.restarts(job) for job in (signalled, preempted)] == [1, 1]
     found = found_records(tmp_path)
     assert [record["status"] for record in found] == ["ok"] * 4
-    wanted = Counter(cell["key"] for record in found for cell in record["cells"])
+    wanted = Counter(stage["key"] for record in found for stage in record["stages"])
     assert Counter(computed(tmp_path)) == dict.fromkeys(wanted, 1), "a stage ran twice, or never"
     assert max(wanted.values()) == 4, "all four share the immunization of the baseline model"
     assert told().splitlines()[-1] == "4 ok"

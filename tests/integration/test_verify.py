@@ -118,8 +118,8 @@ def write_record(folder, record):
 
 def test_weights_are_those_that_the_record_measured(copied):
     record = records.read(copied / "record.json")
-    for cell in record["cells"]:
-        cell |= {"weights": "0" * 64} if cell["stage"] == "immunize" else {}
+    for stage in record["stages"]:
+        stage |= {"weights": "0" * 64} if stage["kind"] == "immunize" else {}
     write_record(copied, record)
     with pytest.raises(UserError, match=r"not those that record\.json measured"):
         check(copied)

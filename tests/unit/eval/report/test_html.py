@@ -36,7 +36,7 @@ def hostile():
     one["tables"]["pairs"][0][HOSTILE] = HOSTILE
     one["tables"][HOSTILE] = [{HOSTILE: HOSTILE}]
     one["tables"]["verdict"][0]["note"] = HOSTILE
-    one["cells"][0] |= {"model": HOSTILE, "case": HOSTILE, "status": "failed"}
+    one["stages"][0] |= {"model": HOSTILE, "case": HOSTILE, "status": "failed"}
     curve = one["curves"].pop("norm_ratio_harmful_linear_probe")
     one["curves"][HOSTILE] = curve | {"x": HOSTILE, "y": HOSTILE, HOSTILE: curve["baseline"]}
     return sealed(one)

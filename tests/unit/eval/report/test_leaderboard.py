@@ -115,7 +115,7 @@ def test_only_the_same_attacks_budget_and_cases_compete() -> None:
     budget = {"budget": {"horizon": 200, "multiple": 5, "points": 20}}
     long = sealed(attacked("long", 8.0, 1.0, 5.0) | {"config": hard["config"] | budget})
     other = attacked("other", 8.0, 1.0, 5.0)
-    other["cells"] = [cell | {"case": "garage"} for cell in other["cells"]]
+    other["stages"] = [stage | {"case": "garage"} for stage in other["stages"]]
     rows = leaderboard([hard, easy, long, sealed(other), failed()])
     assert {r.record["immunizer"]: r.rank for r in rows if r.rank} == {
         name: 1 for name in ("hard", "easy", "long", "other")
@@ -127,7 +127,7 @@ def test_only_the_same_attacks_budget_and_cases_compete() -> None:
 def test_a_run_that_failed_stands_where_it_was_asked_to() -> None:
     first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
     second = sealed(second | {"attacks": ["linear_probe"]})
-    asked = {key: second[key] for key in ("attacks", "config", "cells")}
+    asked = {key: second[key] for key in ("attacks", "config", "stages")}
     rows = leaderboard([sealed(failed() | asked), first, second])
     titles = {r.record["immunizer"]: r.title for r in rows}
     assert titles["kappa_imma"] == titles["second"] != titles["first"]

@@ -33,9 +33,9 @@ def body():
         "notes": ["2 columns were dropped."],
         "error": None,
         "skipped": {},
-        "cells": [
+        "stages": [
             {
-                "stage": "immunize",
+                "kind": "immunize",
                 "model": "kappa",
                 "case": "c",
                 "seed": 0,
@@ -86,13 +86,13 @@ def test_content_hash_leaves_out_time_host_paths_and_keys_but_not_results(body):
         "started": "2027-01-01T00:00:00+00:00",
     }
     same["config"]["paths"]["runs"] = "b"
-    same["cells"][0] |= {"key": "def", "seconds": 3.5}
+    same["stages"][0] |= {"key": "def", "seconds": 3.5}
     assert records.content_hash(same) == records.content_hash(body)
     for change in (
         lambda r: r["metrics"]["rir"].update(value=12.6),
         lambda r: r["config"]["immunize"].update(lr=0.2),
         lambda r: r["provenance"]["data_hash"].update({"0": "e"}),
-        lambda r: r["cells"][0].update(status="diverged"),
+        lambda r: r["stages"][0].update(status="diverged"),
     ):
         other = copy.deepcopy(body)
         change(other)
@@ -110,7 +110,7 @@ IMAGE = {"caption": "", "sha256": "0" * 64}
         (lambda r: r.update(status="fine"), "status"),
         (lambda r: r["metrics"]["rir"].update(value=None), "metrics/rir/note"),
         (lambda r: r["metrics"].update({"Bad Name": r["metrics"]["rir"]}), "Bad Name"),
-        (lambda r: r["cells"][0].update(extra=1), "cells/0"),
+        (lambda r: r["stages"][0].update(extra=1), "stages/0"),
         (lambda r: r.update(images={"a": IMAGE | {"path": "/etc/a.png"}}), "images/a/path"),
         (lambda r: r.update(images={"a": IMAGE | {"path": "../a.png"}}), "images/a/path"),
     ],

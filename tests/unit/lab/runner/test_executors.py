@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from executor_cases import execute, make_cells
+from executor_cases import execute, make_stages
 from ranks_together import together
 
 from lab.core.cache import StageCache, StageCheckpoint
@@ -47,8 +47,8 @@ def test_three_processes_compute_every_stage_once_and_the_last_one_together(tmp_
 
 
 def test_a_team_continues_from_its_leaders_checkpoint(tmp_path):
-    (cell,) = make_cells(tmp_path, ["three-1"])
-    path = StageCache(tmp_path / "cache").folder(*cell.place).with_suffix(".ckpt")
+    (stage,) = make_stages(tmp_path, ["three-1"])
+    path = StageCache(tmp_path / "cache").folder(*stage.place).with_suffix(".ckpt")
     StageCheckpoint(path).save({"total": torch.tensor([100.0])}, {"begun": 1})
     for values in run(tmp_path, 2, ["three-1"]):
         assert values["results"] == [{"resumed_at": 1, "size": 2, "total": 112.0, "hit": False}]

@@ -56,17 +56,17 @@ def immunized_by(pipeline, call):
     return Pipeline(replace(pipeline.parts, immunizer=part), pipeline.cache)
 
 
-def cell_of(pipeline, model):
-    return next(cell for cell in pipeline.immunize_cells() if cell.model == model)
+def stage_of(pipeline, model):
+    return next(stage for stage in pipeline.immunize_stages() if stage.model == model)
 
 
 def keys(found):
     return [
-        cell.key
-        for cell in (
-            *found.immunize_cells(),
-            *found.attack_cells(),
-            found.eval_cell("conditioning"),
+        stage.key
+        for stage in (
+            *found.immunize_stages(),
+            *found.attack_stages(),
+            found.eval_stage("conditioning"),
         )
     ]
 
@@ -105,8 +105,8 @@ def test_how_images_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_a
     base = {"steps": 2, "guidance": 4.0, "count": 4}
     fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
     one, other = (pipeline(*fixed, scenario=TinyConcepts(**{**base, **o})) for o in ({}, override))
-    assert [c.key for c in one.immunize_cells()] == [c.key for c in other.immunize_cells()]
-    assert one.eval_cell("utility").key != other.eval_cell("utility").key
+    assert [c.key for c in one.immunize_stages()] == [c.key for c in other.immunize_stages()]
+    assert one.eval_stage("utility").key != other.eval_stage("utility").key
 
 
 def test_immunizers_do_not_see_how_images_are_generated(pipeline):
@@ -121,7 +121,7 @@ def test_immunizers_do_not_see_how_images_are_generated(pipeline):
     fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
     found = immunized_by(pipeline(*fixed, scenario=TinyConcepts(steps=3)), immunize)
     with pytest.raises(UserError, match="left every weight"):
-        cell_of(found, "immunized").compute(None)
+        stage_of(found, "immunized").compute(None)
     assert seen == [replace(found.data(0).cases[0], sampling=Sampling())]
 
 
@@ -163,7 +163,7 @@ def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name)
 
 def test_the_baseline_model_name_is_shared_between_immunizers(pipeline):
     one, other = pipeline(), pipeline("immunize.lr=0.05")
-    model_names = [{c.model: c.key for c in p.immunize_cells()} for p in (one, other)]
+    model_names = [{c.model: c.key for c in p.immunize_stages()} for p in (one, other)]
     assert model_names[0]["baseline"] == model_names[1]["baseline"]
     assert model_names[0]["immunized"] != model_names[1]["immunized"]
 
@@ -173,10 +173,10 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
         raise Diverged("too far", 3)
 
     found = immunized_by(pipeline(), diverge)
-    artifact, _ = found.compute(cell_of(found, "immunized"))
+    artifact, _ = found.compute(stage_of(found, "immunized"))
     assert artifact.values["error"] == {"message": "too far", "last_good_step": 3}
     found.diverged["tiny", 0] = artifact.values["error"]
-    assert ([c.name for c in found.cases(0)], {c.case for c in found.attack_cells()}) == (
+    assert ([c.name for c in found.cases(0)], {c.case for c in found.attack_stages()}) == (
         ["second"],
         {"second"},
     )
@@ -202,17 +202,17 @@ def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluat
 
 def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from(pipeline):
     run = pipeline()
-    cells = [*run.immunize_cells(), *run.attack_cells(), run.eval_cell("conditioning")]
-    for cell in cells:
-        run.cache.get(*cell.place, cell.compute, cell.parents)
-    assert all(run.cache.has(*cell.place, cell.parents) for cell in cells)
-    root = next(c for c in cells if c.stage == "immunize" and c.model != BASELINE)
+    stages = [*run.immunize_stages(), *run.attack_stages(), run.eval_stage("conditioning")]
+    for stage in stages:
+        run.cache.get(*stage.place, stage.compute, stage.parents)
+    assert all(run.cache.has(*stage.place, stage.parents) for stage in stages)
+    root = next(c for c in stages if c.kind == "immunize" and c.model != BASELINE)
     moved = root.compute(StageCheckpoint(run.cache.folder("immunize", "other")))
     moved.tensors = {name: value + 1e-9 for name, value in moved.tensors.items()}
     StageCache(run.cache.root, force="immunize").get(*root.place, lambda _: moved)
-    stale = [c for c in cells if not run.cache.has(*c.place, c.parents)]
-    assert {(c.model, c.case) for c in stale if c.stage == "attack"} == {(root.model, root.case)}
-    assert {c.stage for c in stale} == {"attack", "eval"}
+    stale = [c for c in stages if not run.cache.has(*c.place, c.parents)]
+    assert {(c.model, c.case) for c in stale if c.kind == "attack"} == {(root.model, root.case)}
+    assert {c.kind for c in stale} == {"attack", "eval"}
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -225,4 +225,4 @@ def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeli
 
     found = immunized_by(pipeline(), leaky)
     with pytest.raises(UserError, match="immunize=kappa: changed the model that it was given"):
-        cell_of(found, "immunized").compute(None)
+        stage_of(found, "immunized").compute(None)

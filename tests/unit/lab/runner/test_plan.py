@@ -5,22 +5,22 @@ from types import SimpleNamespace
 from omegaconf import OmegaConf
 
 from lab.core.types import BASELINE, IMMUNIZED
-from lab.runner.pipeline import Cell
+from lab.runner.pipeline import Stage
 from lab.runner.plan import STEP_SECONDS, StagePlan
 
 
 def make_plan(tmp_path, cached=()):
-    def cell(stage, **labels):
-        return Cell(stage, f"{stage}-{labels}", lambda _: None, case="a", seed=0, **labels)
+    def stage(kind, **labels):
+        return Stage(kind, f"{kind}-{labels}", lambda _: None, case="a", seed=0, **labels)
 
     pipeline = SimpleNamespace(
-        immunize_cells=lambda: [
-            cell("immunize", model=m, shards=n) for m, n in ((BASELINE, 0), (IMMUNIZED, 1))
+        immunize_stages=lambda: [
+            stage("immunize", model=m, shards=n) for m, n in ((BASELINE, 0), (IMMUNIZED, 1))
         ],
-        attack_cells=lambda: [
-            cell("attack", model=m, attack="lora", task="a") for m in (BASELINE, IMMUNIZED)
+        attack_stages=lambda: [
+            stage("attack", model=m, attack="lora", task="a") for m in (BASELINE, IMMUNIZED)
         ],
-        eval_cell=lambda name: Cell("eval", name, lambda _: None, metric=name),
+        eval_stage=lambda name: Stage("eval", name, lambda _: None, metric=name),
         cache=SimpleNamespace(has=lambda stage, key, parents: stage in cached),
         budget=SimpleNamespace(steps=10),
         parts=SimpleNamespace(backbone=SimpleNamespace(kind="diffusion")),
@@ -32,7 +32,7 @@ def make_plan(tmp_path, cached=()):
 
 def test_times_are_defaults_first_and_then_those_of_this_run(tmp_path, caplog):
     plan, default = make_plan(tmp_path), STEP_SECONDS["diffusion"]
-    seconds = [plan.seconds(cell) for cell in plan.cells]
+    seconds = [plan.seconds(stage) for stage in plan.stages]
     assert seconds == [
         0,
         5 * default["immunize"],
@@ -40,11 +40,11 @@ def test_times_are_defaults_first_and_then_those_of_this_run(tmp_path, caplog):
         10 * default["attack"],
         default["eval"],
     ]
-    plan.finish(plan.cells[0], 0.1)  # a baseline is only loaded
-    plan.finish(plan.cells[2], 4.0)
-    assert [plan.seconds(cell) for cell in plan.cells[1:4]] == [seconds[1], 4.0, 4.0]
+    plan.finish(plan.stages[0], 0.1)  # a baseline is only loaded
+    plan.finish(plan.stages[2], 4.0)
+    assert [plan.seconds(stage) for stage in plan.stages[1:4]] == [seconds[1], 4.0, 4.0]
     with caplog.at_level("INFO", logger="progress"):
-        plan.announce(plan.cells[3], 1)
+        plan.announce(plan.stages[3], 1)
     assert caplog.messages == ["[4/5] attack lora on a, immunized, seed 0 … ETA 00:10"]
 
 
