@@ -420,10 +420,7 @@ class ConceptAttack(ConceptBase):
 
     def rate(self, step: int, total: int) -> float:
         """Return the learning rate of update ``step`` (0 … ``total`` - 1)."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        total = max(total - self.warmup, 1)
-        return self.lr * schedule_factor(self.schedule, step - self.warmup, total)
+        return self.lr * schedule_factor(self.schedule, step, total, self.warmup)
 
     def check_task(self, task: Concept) -> None:
         count, lines = len(task.train), [f for f, prompts in task.prompts.items() if prompts]

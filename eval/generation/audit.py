@@ -27,7 +27,7 @@ from eval.generation.evaluated_run import (
 )
 from eval.generation.relearning import Relearned, relearned, steps_score
 from eval.generation.scoring import References, check_scorers, detector_of
-from eval.generation.utility import Painter
+from eval.generation.utility import ImageGenerator
 from eval.stats.aggregate import ROLES, walk
 from eval.stats.intervals import (
     SHARE,
@@ -401,9 +401,9 @@ def _curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
 
 def _drawn_before(run: RunView, case: ConceptCase, seed: int) -> dict[str, Tensor]:
     """Return concept → images that the checkpoint draws of it, by its name, before any attack."""
-    painter, sampling = Painter(run, case, seed, run.model_names[-1]), case.sampling
+    generator, sampling = ImageGenerator(run, case, seed, run.model_names[-1]), case.sampling
     return {
-        task.name: painter.paint(in_turn(task.prompts[FAMILY], sampling.count), sampling)
+        task.name: generator.generate(in_turn(task.prompts[FAMILY], sampling.count), sampling)
         for task in case.tasks
     }
 

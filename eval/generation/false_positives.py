@@ -9,7 +9,7 @@ from pydantic import SkipValidation
 from torch import Tensor
 
 from eval.generation.scoring import ConceptDetector
-from eval.generation.utility import ImageCount, Painter
+from eval.generation.utility import ImageCount, ImageGenerator
 from eval.stats.aggregate import baseline_suffix, walk
 from eval.stats.intervals import Unit, columns, score_share
 from lab.core.config import Text, config
@@ -77,7 +77,7 @@ class FalsePositives(RunMetric):
             units.setdefault("_reference", []).append(self._unit(seed, case.unrelated.images))
             prompts = in_turn(case.unrelated.prompts, self.count)
             for model in run.model_names:
-                images = Painter(run, case, seed, model).paint(prompts, case.sampling)
+                images = ImageGenerator(run, case, seed, model).generate(prompts, case.sampling)
                 units.setdefault(baseline_suffix(model), []).append(self._unit(seed, images))
         return Scores(
             {f"false_positive{end}": score_share(each, "lower") for end, each in units.items()}

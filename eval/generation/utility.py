@@ -124,10 +124,10 @@ class Utility(ImageMetric):
             settings = self._settings(case)
             images: dict[str, dict[str, Tensor]] = {setting.suffix: {} for setting in settings}
             for model in run.model_names:  # one after the other: only one is in memory
-                painter = Painter(run, case, seed, model)
+                generator = ImageGenerator(run, case, seed, model)
                 for setting in settings:
                     prompts = in_turn(setting.prompts, self.count)
-                    images[setting.suffix][model] = painter.paint(prompts, setting.sampling)
+                    images[setting.suffix][model] = generator.generate(prompts, setting.sampling)
             for setting in settings:
                 cell = self._score(seed, case.name, setting, images[setting.suffix])
                 out.setdefault(setting.suffix, []).append(cell)
@@ -274,7 +274,7 @@ def _as_named(
 
 
 @dataclass
-class Painter:
+class ImageGenerator:
     """Generates with one model of a run; the stage cache holds what any run has generated with the
     same weights.
     """
@@ -295,7 +295,7 @@ class Painter:
         weights = digest(*self.model.state_dict().values())
         return stage_key(weights=weights, beside=model_settings(self.model), sources=sources)
 
-    def paint(self, prompts: Sequence[str], sampling: Sampling) -> Tensor:
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Tensor:
         """Return uint8 [prompts, 3, s, s].
 
         Latents depend on seed, case and number alone: models and settings share them.
@@ -311,11 +311,11 @@ class Painter:
                 prompts=block,
                 sampling=asdict(replace(sampling, count=1)),
             )
-            compute = partial(self._paint_block, block, number, sampling)
+            compute = partial(self._generate_block, block, number, sampling)
             blocks.append(self.run.cached(key, compute)["images"])
         return torch.cat(blocks)
 
-    def _paint_block(
+    def _generate_block(
         self, prompts: list[str], number: int, sampling: Sampling
     ) -> dict[str, Tensor]:
         latents = self.model.latents(BLOCK, self.seed, "utility", self.case.name, number)

@@ -45,8 +45,14 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
         yield item
 
 
-def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
-    """Return the factor on the learning rate at update ``step`` (0 … ``total`` - 1), at first 1."""
+def schedule_factor(schedule: Schedule, step: int, total: int, warmup: int = 0) -> float:
+    """Return the factor on the learning rate at update ``step`` (0 … ``total`` - 1).
+
+    It rises linearly to 1 over ``warmup`` steps; ``schedule`` is how it falls in the others.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    step, total = step - warmup, max(total - warmup, 1)
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * step / total))
     return 1 - step / total if schedule == "linear" else 1.0

@@ -28,7 +28,7 @@ from lab.core import training
 from lab.core.config import Count, Index, NonNegative, Positive, options
 from lab.core.errors import Diverged
 from lab.core.seeding import derive, generator
-from lab.core.training import part_of, progress, restore_slots, slots
+from lab.core.training import part_of, progress, restore_slots, schedule_factor, slots
 from lab.core.types import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -217,9 +217,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of step number ``step`` (from 0)."""
-        rise = min(1.0, (step + 1) / max(self.warmup, 1))
-        done = max(0, step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.lr * schedule_factor("cosine", step, self.steps, self.warmup)
 
 
 class _NetworkTraining:

@@ -15,8 +15,7 @@ from fake_generations import (
 )
 from pydantic import ValidationError
 
-from eval.generation.utility import BLOCK, Utility
-from eval.generation.utility import Painter as RunPainter
+from eval.generation.utility import BLOCK, ImageGenerator, Utility
 from lab.core.data import CaptionedImages, Sampling
 from lab.core.errors import UserError
 from lab.core.types import BASELINE, IMMUNIZED
@@ -138,7 +137,7 @@ def numbered():
 
 def painted(run, count, model_name=BASELINE, prompts=("a", "bb"), guidance=4.0):
     asked = [prompts[i % len(prompts)] for i in range(count)]
-    return RunPainter(run, case(), 0, model_name).paint(
+    return ImageGenerator(run, case(), 0, model_name).generate(
         asked, Sampling(steps=2, guidance=guidance, count=4)
     )
 
