@@ -178,9 +178,11 @@ def share_after(records: str, method: str, attack: str, images: int, model: str 
         images: A point of the budget, as the column ``at_`` of the table ``attacks``.
         model: The immunized model or the baseline.
     """
+    rows = read(records, method)["tables"]["attacks"]
+    column = next(k for k in rows[0] if k.startswith("at_") and int(k[3:]) == images)
     shares = [
-        0 if str(images) in row.get("unusable_at", "").split(", ") else row[f"at_{images:03d}"] or 0
-        for row in read(records, method)["tables"]["attacks"]
+        0 if str(images) in row.get("unusable_at", "").split(", ") else row[column] or 0
+        for row in rows
         if (row["model"], row["attack"], row["role"]) == (model, attack, "harmful")
     ]
     return f"{100 * np.mean(shares):.0f} %" if shares else UNMEASURED
@@ -210,6 +212,23 @@ def with_verdict(records: str, verdict: str, *methods: str) -> str:
     """Return the names of those of ``methods`` whose verdict it is: ``a``, ``b`` and ``c``."""
     names = [f"`{m}`" for m in methods if score(records, m, "verdict") == verdict]
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
+
+
+def curve(records: str, name: str, rows: dict[str, str]) -> str:
+    """Return a Markdown table of a curve in percent, a column per point.
+
+    Args:
+        records: Folder below ``outputs/records``.
+        name: Of the curve.
+        rows: Text → record and model, ``"joint baseline"``.
+    """
+    lines = [[""]]
+    for label, place in rows.items():
+        method, model = place.split()
+        points = read(records, method)["curves"][name]
+        lines[0] = ["", *map(str, points["step"])]
+        lines.append([label, *(f"{100 * share:.0f} %" for share in points[model])])
+    return markdown(lines)
 
 
 def median(records: str, method: str, curve: str) -> str:
@@ -292,6 +311,7 @@ FUNCTIONS = (
     by_attack,
     share_after,
     target_share,
+    curve,
     median,
     with_verdict,
     correlation,
