@@ -255,6 +255,8 @@ def labels(records: Sequence[Record]) -> list[str]:
         varied = group.loc[:, group.nunique() > 1]
         varied = varied[[key for key in varied if all(_has_option(keys, key) for keys in known)]]
         varied = varied[[key for key in varied if not _follows_scenario(varied, key)]]
+        if len(varied.columns) > 1:  # tables say how many seeds there are
+            varied = varied.drop(columns="seeds", errors="ignore")
         names = short_names(set(varied))
         common = {}
         for key, values in varied.items():
