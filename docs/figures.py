@@ -215,18 +215,18 @@ def with_verdict(records: str, verdict: str, *methods: str) -> str:
 
 
 def curve(records: str, name: str, rows: dict[str, str]) -> str:
-    """Return a Markdown table of a curve in percent, a column per point.
+    """Return a Markdown table of a curve of shares in percent, a column per point.
 
     Args:
         records: Folder below ``outputs/records``.
         name: Of the curve.
         rows: Text → record and model, ``"joint baseline"``.
     """
-    lines = [[""]]
+    lines: list[list[str]] = [[]]
     for label, place in rows.items():
         method, model = place.split()
         points = read(records, method)["curves"][name]
-        lines[0] = ["", *map(str, points["step"])]
+        lines[0] = [points["x"], *(f"{x:g}" for x in points["step"])]
         lines.append([label, *(f"{100 * share:.0f} %" for share in points[model])])
     return markdown(lines)
 

@@ -160,7 +160,7 @@ def open_unet(model: DiffusionModel) -> Moving:
     )
 
 
-class Stage(NamedTuple):
+class Phase(NamedTuple):
     """A part of an attack: who trains on which concept until which step."""
 
     training: ConceptAttack
@@ -220,7 +220,7 @@ class ConceptBase(Attacker):
         }
 
     @abstractmethod
-    def plan(self, task: Concept, budget: Budget) -> list[Stage]:
+    def plan(self, task: Concept, budget: Budget) -> list[Phase]:
         """Return the stages of the attack, in order."""
 
     @abstractmethod
@@ -403,8 +403,8 @@ class ConceptAttack(ConceptBase):
         except ValidationError as error:
             raise user_error(error, key, type(self)) from None
 
-    def plan(self, task: Concept, budget: Budget) -> list[Stage]:
-        return [Stage(self, task, budget.steps)]
+    def plan(self, task: Concept, budget: Budget) -> list[Phase]:
+        return [Phase(self, task, budget.steps)]
 
     def images_per_step(self) -> int:
         return self.batch_size

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, InstanceOf, ValidationError
 from typing_extensions import Self
 
-from attacks.diffusion.attack import ConceptAttack, ConceptBase, Stage
+from attacks.diffusion.attack import ConceptAttack, ConceptBase, Phase
 from lab.core.config import Positive, config, options, user_error
 from lab.core.data import Concept
 from lab.core.errors import UserError, nearest
@@ -116,7 +116,7 @@ class Curriculum(ConceptBase):
             texts |= stage.attack.texts()
         return texts
 
-    def plan(self, task: Concept, budget: Budget) -> list[Stage]:
+    def plan(self, task: Concept, budget: Budget) -> list[Phase]:
         """Shares are of their sum; every stage gets at least one step where there are enough."""
         stages, steps = list(self.stages.values()), budget.steps
         if len(stages) > steps:
@@ -129,4 +129,4 @@ class Curriculum(ConceptBase):
         ]
         stops = list(itertools.accumulate(stops, lambda before, stop: max(before + 1, stop)))
         parts = zip(self._attacks(), stages, stops, strict=True)
-        return [Stage(attack, stage.concept(task), stop) for attack, stage, stop in parts]
+        return [Phase(attack, stage.concept(task), stop) for attack, stage, stop in parts]

@@ -85,7 +85,7 @@ def run_folder(tmp_path):
     )
     image = {"path": "images/grid.png", "caption": "a grid", "sha256": "0" * 64}
     parts = {"name": "study/kappa", "attacks": ["linear_probe"], "images": {"grid": image}}
-    body = record("kappa", schema="1.1", **parts, **records.scores_json([scores]))
+    body = record("kappa", **parts, **records.scores_json([scores]))
     records.write(body, tmp_path / "record.json")
     (tmp_path / "report.html").write_text("<html></html>")
     return tmp_path
