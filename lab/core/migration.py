@@ -120,11 +120,11 @@ def migrate(record: Record) -> Record:
             record = record | {"metrics": metrics}
         record = record | {"schema": "2.4"}
     if record.get("schema") == "2.4":
-        stages = [{"kind": cell["stage"], **cell} for cell in record["cells"]]
-        for stage in stages:
-            del stage["stage"]
-        record = {k: v for k, v in record.items() if k != "cells"}
-        record |= {"schema": "2.5", "stages": stages}
+        stages = [
+            {"kind" if k == "stage" else k: v for k, v in cell.items()} for cell in record["cells"]
+        ]
+        others = {k: v for k, v in record.items() if k != "cells"}
+        record = others | {"schema": "2.5", "stages": stages}
     return record
 
 
