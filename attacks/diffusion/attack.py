@@ -124,7 +124,7 @@ class Moving:
                 raise UserError(key, name, reason)
         dtypes = {p.dtype for p in self.parameters.values()} & {torch.float16, torch.bfloat16}
         if dtypes:
-            reason = "attackers that move the model's own weights train in float32; or take lora."
+            reason = "attackers other than lora train in float32: use fp32, or attacks=[lora]."
             raise UserError("backbone.dtype", dtypes.pop(), reason)
         return self
 

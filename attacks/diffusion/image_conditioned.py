@@ -58,7 +58,7 @@ class ImageConditioned(ConceptAttack):
         width = self.features(task.train.images[:1]).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, self.name))
-            module = self.attach(model, width).to(model.device)
+            module = self.attach(model, width).to(model.device, model.dtype)
         conditions: list[Tensor] = []
 
         def condition(latents: Tensor, guided: bool) -> None:

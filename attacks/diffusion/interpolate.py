@@ -41,7 +41,7 @@ class Interpolation(ConceptAttack):
         Raises:
             UserError: the base has other layers than ``model``.
         """
-        loaded = load_folder(self.base, f"{self.key}.base").to(model.device)
+        loaded = load_folder(self.base, f"{self.key}.base").to(model.device, model.dtype)
         base = dict(loaded.unet.named_parameters())
         check_layers(dict(model.unet.named_parameters()), base, f"{self.key}.base", self.base)
         return {f"unet.{name}": p.detach() for name, p in base.items()}

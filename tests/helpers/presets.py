@@ -176,11 +176,11 @@ def kinds(group, name):
     ]
 
 
-def problem(kind, labelled=False, harmful=1):
-    """Return a tiny model of a kind and a case for it."""
+def problem(kind, labelled=False, harmful=1, dtype=torch.float32):
+    """Return a tiny model of a kind and a case for it; ``dtype`` is that of a diffusion model."""
     if kind == "linear":
         case = tiny.linear_case(harmful=harmful)
         return LinearBackbone().build(case, 0), tiny.linear_classes() if labelled else case
     if kind == "deep":
         return tiny.tiny_net(), tiny.image_case(harmful=harmful)
-    return tiny_diffusion(), tiny_case()
+    return tiny_diffusion(dtype=dtype), tiny_case()
