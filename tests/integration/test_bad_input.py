@@ -138,12 +138,13 @@ def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
     check_cases(chosen, (linear_classes(),))
 
 
-def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(refused):
+@pytest.mark.parametrize("attack", ["full_finetune", "controlnet"])
+def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(refused, attack):
     few = [
         *(f"scenario.{part}=4" for part in ("own", "train", "prior", "reference", "keep")),
         *("scenario=relearn_quick", "scenario.unrelated=4", "scenario.regularizers=4"),
     ]
-    words = ["experiment=relearn", "attacks=[lora,full_finetune]", "backbone.dtype=bf16"]
+    words = ["experiment=relearn", f"attacks=[lora,{attack}]", "backbone.dtype=bf16"]
     assert "backbone.dtype=torch.bfloat16" in refused(*words, *few)
 
 
