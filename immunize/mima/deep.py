@@ -61,6 +61,8 @@ class MimaDeep(ConceptImmunizer):
             or both.
         prior_at: the prior's loss is taken at ``start`` (θ itself) or at the ``adapted`` weights
             (as in MIMA).
+        worst_of: attackers drawn per target and attack. All attack; the terms are taken against the
+            one with the lowest loss on the target's images at its last mark.
         prior_ramp: factor on the preservation terms that are taken at θ when the concepts' loss has
             come to the cap: both with ``prior_at=start``, the distance to the original alone with
             ``adapted``; 1 is constant.
@@ -83,6 +85,7 @@ class MimaDeep(ConceptImmunizer):
     k_min: Count
     k_max: Count
     inner_batch_size: Count = 8
+    worst_of: Count = 1
     at: Annotated[tuple[PositiveShare, ...], _OneNumber, _Sorted, Field(min_length=1)] = (0.5, 1.0)
     evaluate: Annotated[tuple[Literal["merged", "own"], ...], AsList, Field(min_length=1)] = (
         "merged",
@@ -161,9 +164,10 @@ class DeepObjective(Objective):
         self.denoiser.sync(self.moves)
         o, places, targets = self.config, self.config.evaluate, len(self.concepts)
         concepts = self._with_rehearsal(step)
-        count = max(len(self._marks(self._draw(c, step), step)) for c in self.concepts)
+        drawn = [a for c in self.concepts for a in self._candidates(c, step)]
+        count = max(len(self._marks(attacker, step)) for attacker in drawn)
         share = 1 / (count * len(places) * targets)
-        attacked: dict[int, list[Snapshot]] = {}
+        attacked: dict[int, tuple[DrawnAttacker, list[Snapshot]]] = {}
         rows: dict[int, dict[str, float]] = {}
         total: Params = {}
         preservation: Params = {}
@@ -172,19 +176,19 @@ class DeepObjective(Objective):
             if n == len(concepts):
                 gradient, rows[n] = self._preserve(theta, step)
                 return gradient
-            snapshots = self._attack(theta, concepts[n], step)
             if n >= targets:
-                gradient, rows[n] = self._benign(theta, concepts[n], snapshots, step)
+                gradient, rows[n] = self._benign(theta, concepts[n], step)
                 return gradient
+            attacker, snapshots = self._strongest(theta, concepts[n], step)
             last, v = snapshots[-1], Params()
             rows[n] = {"inner_loop_steps": float(last.step)}
             if not math.isnan(last.drop):
                 rows[n]["inner_loop_drop"] = last.drop
             if "merged" in places:
-                attacked[n] = snapshots
+                attacked[n] = attacker, snapshots
             for i in range(count) if "own" in places else ():
                 weights = snapshots[min(i, len(snapshots) - 1)].weights
-                rows[n] |= self._terms(theta, weights, "own", n, step, i, v)
+                rows[n] |= self._terms(theta, weights, "own", n, attacker, step, i, v)
             return {name: g * share for name, g in v.items()}
 
         def add(n: int, gradient: Params) -> None:
@@ -194,11 +198,11 @@ class DeepObjective(Objective):
         # the merge is never looked at by several processes, see `MimaDeep.shards`
         for i in range(count) if "merged" in places else ():
             v = Params()
-            ends = [some[min(i, len(some) - 1)].weights for some in attacked.values()]
+            ends = [some[min(i, len(some) - 1)].weights for _, some in attacked.values()]
             base = {name: theta[name].detach() for weights in ends for name in weights}
             point = self.merge(base, ends)
             for n in range(targets):
-                rows[n] |= self._terms(theta, point, "merged", n, step, i, v)
+                rows[n] |= self._terms(theta, point, "merged", n, attacked[n][0], step, i, v)
             accumulate(total, self.merge.adjoint_direct(v), share)
             for n in range(targets):
                 accumulate(total, self.merge.adjoint_part(v, n), share)
@@ -237,8 +241,34 @@ class DeepObjective(Objective):
         """
         return divmod(step, len(self.config.at)) if self.config.online else (step, 0)
 
-    def _draw(self, concept: ConceptSplit, step: int) -> DrawnAttacker:
-        return self.config.draw(self.seed, concept.name, self._round(step)[0])
+    def _draw(self, concept: ConceptSplit, step: int, *number: int) -> DrawnAttacker:
+        return self.config.draw(self.seed, concept.name, self._round(step)[0], *number)
+
+    def _candidates(self, target: ConceptSplit, step: int) -> list[DrawnAttacker]:
+        more = [self._draw(target, step, i) for i in range(1, self.config.worst_of)]
+        return [self._draw(target, step), *more]
+
+    def _strongest(
+        self, theta: Params, target: ConceptSplit, step: int
+    ) -> tuple[DrawnAttacker, list[Snapshot]]:
+        """Let all candidates attack; return the one with the lowest loss at its last mark."""
+        drawn = self._candidates(target, step)
+        found = [(a, self._attack(theta, target, a, step, i)) for i, a in enumerate(drawn)]
+        if len(found) == 1:
+            return found[0]
+
+        @torch.no_grad()
+        def loss(candidate: tuple[DrawnAttacker, list[Snapshot]]) -> float:
+            attacker, snapshots = candidate
+            batch = self._outer_batch(target, attacker, step, len(snapshots) - 1)
+            return float(self.denoiser.loss(batch, snapshots[-1].weights))
+
+        return min(found, key=loss)
+
+    def _outer_batch(
+        self, concept: ConceptSplit, attacker: DrawnAttacker, step: int, mark: int
+    ) -> Batch:
+        return self.draw_batch(concept.outer, concept, attacker, step, "upper", mark)
 
     def _marks(self, attacker: DrawnAttacker, step: int) -> tuple[int, ...]:
         """Return the steps of ``attacker`` that this outer step looks at, each at least 1, without
@@ -251,13 +281,20 @@ class DeepObjective(Objective):
         )
 
     def _attack(
-        self, theta: Params, concept: ConceptSplit, step: int, original: bool = False
+        self,
+        theta: Params,
+        concept: ConceptSplit,
+        drawn: DrawnAttacker,
+        step: int,
+        number: int = 0,
+        original: bool = False,
     ) -> list[Snapshot]:
         """Attack θ, or the ``original`` model batch by batch in the same way, up to the marks of
-        this step.
+        this step. Candidates of a target have a ``number`` each.
         """
-        o, (round_, turn), drawn = self.config, self._round(step), self._draw(concept, step)
+        o, (round_, turn) = self.config, self._round(step)
         key = f"original:{concept.name}" if original else concept.name
+        key += f":{number}" if number else ""
         if turn == 0 or key not in self.attacks:
             self.attacks[key] = InnerAttack(
                 self._original_loss if original else self.denoiser.loss,
@@ -287,14 +324,21 @@ class DeepObjective(Objective):
     # what must become hard
 
     def _terms(
-        self, theta: Params, at: Weights, place: str, n: int, step: int, mark: int, v: Params
+        self,
+        theta: Params,
+        at: Weights,
+        place: str,
+        n: int,
+        attack: DrawnAttacker,
+        step: int,
+        mark: int,
+        v: Params,
     ) -> dict[str, float]:
         """Add the gradient of one concept's terms at one point to ``v``; return the losses by
         ``place``.
         """
         o, concept, losses = self.config, self.concepts[n], Params()
-        attack, decoys = self._draw(concept, step), None
-        batch = self.draw_batch(concept.outer, concept, attack, step, "upper", mark)
+        batch, decoys = self._outer_batch(concept, attack, step, mark), None
         if concept.decoys is not None:
             decoys = self.draw_batch(concept.decoys, concept, attack, step, "decoys", mark)
 
@@ -316,14 +360,16 @@ class DeepObjective(Objective):
     # what must stay
 
     def _benign(
-        self, theta: Params, concept: ConceptSplit, snapshots: list[Snapshot], step: int
+        self, theta: Params, concept: ConceptSplit, step: int
     ) -> tuple[Params, dict[str, float]]:
-        attack = self._draw(concept, step)
-        before = self._attack(theta, concept, step, original=True) if self.needs_regret else None
+        attack, before = self._draw(concept, step), None
+        snapshots = self._attack(theta, concept, attack, step)
+        if self.needs_regret:
+            before = self._attack(theta, concept, attack, step, original=True)
         total: Params = {}
         loss, regret = math.nan, math.nan
         for i, snapshot in enumerate(snapshots):
-            batch = self.draw_batch(concept.outer, concept, attack, step, "upper", i)
+            batch = self._outer_batch(concept, attack, step, i)
             loss, gradient = gradient_at(
                 partial(self.denoiser.loss, batch), theta, snapshot.weights, self.outer_names
             )

@@ -47,7 +47,7 @@ def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
     found, seen = whole.gradient(theta, 2)
     none, _ = without.gradient(other, 2)
     target = whole.concepts[0]
-    point = whole._attack(theta, target, 2)[-1].weights
+    point = whole._strongest(theta, target, 2)[1][-1].weights
     template = whole.config.draw(0, target.name, 2).template
     batch = target.decoys.template(template).batch(2, 0, target.name, 2, "decoys", 0)
     value, gradient = gradient_at(

@@ -14,6 +14,7 @@ from lab.models.diffusion import Text
 
 alone = cache(lambda: with_targets(case().targets[:1]))
 NONE = {"kv": None, "full": None}
+ALONE = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "cap": None}
 
 
 def deep(**changes):
@@ -88,6 +89,22 @@ def test_regret_is_the_benign_loss_against_the_original_after_the_same_attack(on
     loss, same = _moved(3.0, w_benign=2.0, benign="loss", at=[1.0])
     assert values["benign_loss"] == same["benign_loss"]
     torch.testing.assert_close(worse, loss, rtol=0, atol=0)
+
+
+def test_worst_of_follows_the_candidate_with_the_lowest_loss():
+    made, theta = objective(deep(worst_of=3, k_min=2, **ALONE), on=alone())
+    found, values = made.gradient(theta, 4)
+    each = []
+    for number in range(3):
+        one, other = objective(deep(k_min=2, **ALONE), on=alone())
+        attacker = made._candidates(made.concepts[0], 4)[number]
+        one._draw = lambda *_, drawn=attacker: drawn
+        each.append(one.gradient(other, 4))
+    losses = [row["outer_loss"] for _, row in each]
+    assert len(set(losses)) == 3
+    assert values["outer_loss"] == min(losses)
+    expected = each[losses.index(min(losses))][0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_the_cap_stops_the_concept_and_raises_the_prior():
