@@ -3,11 +3,14 @@
 `python tests/golden/regenerate.py KEY ...` stores new values where a change is meant.
 """
 
+import re
+
 import golden_cases as cases
 import pytest
 from presets import repetitions
 
 from lab.core.migration import current_name
+from lab.core.sources import ROOT
 
 # tests/unit and tests/contracts compute the same in less time
 LONG = (
@@ -52,3 +55,23 @@ def test_the_program_gives_the_committed_figures_of_house_prices(name: str) -> N
         if not cases.close(old, study["found"][key], rel=1e-6, absolute=1e-12)
     ]
     assert not told, "\n".join(told)
+
+
+def test_every_metric_name_is_documented() -> None:
+    text = (ROOT / "docs/reference/metrics.md").read_text(encoding="utf-8")
+    wild = {
+        "ROLE": "(harmful|benign)",
+        "ATTACK": "(probe|probe_adam|worst)",
+        "CONCEPT": "(mosaic|neon|sketch)",
+        "K": r"\d+",
+        "M": "(clip|features|feature_lpips|lpips)",
+        "P": "(jacobi|adam|kfac)",
+    }
+    places = re.compile("|".join(wild))
+    documented = set(re.findall(r"`([a-zA-Z0-9_]+)`", text)) - wild.keys()
+    known = "|".join(places.sub(lambda found: wild[found[0]], name) for name in documented)
+    pattern = re.compile(rf"({known})(_\d+x|_auc|_reworded|_drop|_baseline|_legacy)*")
+    metrics = {key: names for key, names in cases.stored().items() if key.startswith("eval/")}
+    names = {name for found in metrics.values() for name in found if not name.startswith("check ")}
+    assert len(names) > 300
+    assert [name for name in sorted(names) if not pattern.fullmatch(name)] == []

@@ -2,8 +2,6 @@
 table.
 """
 
-import math
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -99,21 +97,6 @@ def test_geometric_means_are_compared_as_a_ratio_too():
     assert tuple(np.exp(student(np.log(a), np.log(b)))) == limits(gap["ratio"])
     assert gap["ratio"]["value"] == pytest.approx((3 * 2.5 * 3.5 * 2.8) ** 0.25)
     assert gap["significant"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("aggregate", ["mean", "geomean"])
-def test_the_interval_covers_in_19_of_20_cases(aggregate):
-    """Data of known difference, four seeds each, log-normal with a common part per seed."""
-    hits, runs = 0, 400
-    for _ in range(runs):
-        common = RNG.normal(0, 0.5, 4)
-        pair = [common + shift + RNG.normal(0, 0.2, 4) for shift in (0.0, 0.3)]
-        pair = np.exp(pair) if aggregate == "geomean" else pair
-        gap = difference("rir", *(with_seeds(values, aggregate=aggregate) for values in pair))
-        ends, truth = (gap, 0.3) if aggregate == "mean" else (gap["ratio"], math.exp(0.3))
-        hits += ends["low"] <= truth <= ends["high"]
-    assert hits / runs == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / runs))
 
 
 def test_ten_seeds_are_paired_by_the_bootstrap():

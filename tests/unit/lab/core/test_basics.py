@@ -22,18 +22,12 @@ def test_streams_repeat_and_differ():
     assert len({derive(seed, *each) for seed in (0, 1) for each in labels}) == 8
 
 
-def test_interval_covers_the_mean_of_known_normal_data():
+def test_the_bootstrap_over_ten_seeds_covers_the_mean_of_known_normal_data():
     rng = np.random.default_rng(0)
     # no seed effect: the interval must cover 3 most of the time
-    samples = [rng.normal(3.0, 1.0, (8, 30)).tolist() for _ in range(100)]
+    samples = [rng.normal(3.0, 1.0, (10, 30)).tolist() for _ in range(100)]
     found = [score_samples(sample, "higher", draws=300) for sample in samples]
     assert 85 <= sum(score.low <= 3.0 <= score.high for score in found) <= 100
-
-
-def test_interval_over_three_seeds_covers_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    draws = [score_samples([[v] for v in rng.normal(0.0, 1.0, 3)], "higher") for _ in range(400)]
-    assert np.mean([s.low <= 0 <= s.high for s in draws]) >= 0.93
 
 
 def test_few_seeds_take_student_t_and_many_the_bootstrap():
