@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -52,6 +52,7 @@ from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion import Text as EncodedText
 from lab.models.symmetries import canonicalize
 
+NOT_OWN_WEIGHTS = "controlnet, ip_adapter and a donor's adapters are no model to train further"
 HELD_OUT = 0.25  # share of the training images that trials of a search are scored by
 # updates between two saves; snapshots are saved as well. What is saved never changes the result
 SAVE_STEPS = 50
@@ -375,6 +376,17 @@ class ConceptAttack(ConceptBase):
     augmentation: Literal["none", "flip", "crop"] = "none"
     prior_weight: NonNegative = 0.0
     canonicalize: Flag = False
+
+    @model_validator(mode="after")
+    def _check_canonicalize(self) -> Self:
+        if self.canonicalize and not self.trains_own_weights:
+            raise ValueError(f"canonicalize must be false: {NOT_OWN_WEIGHTS}")
+        return self
+
+    @property
+    def trains_own_weights(self) -> bool:
+        """Whether the result is a model of the same layers, which can be trained further."""
+        return True
 
     def trained_model(self, model: DiffusionModel) -> DiffusionModel:
         """Return the model that is trained: ``model``, the attacked copy, or another one whose

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, InstanceOf, ValidationError
 from typing_extensions import Self
 
-from attacks.diffusion.attack import ConceptAttack, ConceptBase, Phase
+from attacks.diffusion.attack import NOT_OWN_WEIGHTS, ConceptAttack, ConceptBase, Phase
 from lab.core.config import Positive, config, options, user_error
 from lab.core.data import Concept
 from lab.core.errors import UserError, nearest
@@ -33,6 +33,8 @@ class CurriculumStage:
     def __post_init__(self) -> None:
         if self.attack.search is not None:
             raise ValueError("a stage has no search of its own; search the curriculum instead")
+        if not self.attack.trains_own_weights:
+            raise ValueError(f"attack cannot be a stage: {NOT_OWN_WEIGHTS}")
 
     def concept(self, task: Concept) -> Concept:
         """Return ``task`` with the images that the stage trains on."""

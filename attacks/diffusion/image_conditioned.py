@@ -50,6 +50,10 @@ class ImageConditioned(ConceptAttack):
     ) -> dict[str, Any]:
         """Return the U-Net's keyword arguments for ``features``, one row per input."""
 
+    @property
+    def trains_own_weights(self) -> bool:
+        return False
+
     @abstractmethod
     def named(self, module: nn.Module) -> Mapping[str, Tensor]:
         """Return the weights of ``module`` by the names of the file that diffusers loads."""

@@ -55,6 +55,10 @@ class ConceptLora(ConceptAttack):
             return known
         return known + folder_hash(locate_folder(self.donor, f"{self.key}.donor"))
 
+    @property
+    def trains_own_weights(self) -> bool:
+        return self.donor is None
+
     def trained_model(self, model: DiffusionModel) -> DiffusionModel:
         """See `ConceptAttack.trained_model`.
 

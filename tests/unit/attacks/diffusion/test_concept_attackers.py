@@ -3,6 +3,7 @@ bit, stops in time.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from attacks.diffusion.curriculum import Curriculum
+from attacks.diffusion.image_conditioned import ControlNet
 from attacks.diffusion.lora import ConceptLora
 from attacks.diffusion.material import Material
 from attacks.diffusion.textual_inversion import TextualInversion
@@ -174,6 +176,18 @@ OPTIONS = [
     ("custom_diffusion", {"initializer": ""}, "initializer"),
     ("curriculum", {"stages": {"a": {"attack": None}}}, "stages.a.attack"),
 ]
+
+
+def test_what_is_no_model_to_train_further_is_neither_canonicalized_nor_a_stage():
+    image_conditioned = partial(ControlNet, name="edges")
+    with pytest.raises(ValidationError, match="canonicalize must be false"):
+        image_conditioned(canonicalize=True)
+    donated = {"donor": "minisd"}
+    with pytest.raises(ValidationError, match="canonicalize must be false"):
+        attack("lora", canonicalize=True, **donated)
+    for refused in (image_conditioned(), attack("lora", **donated)):
+        with pytest.raises(ValidationError, match="cannot be a stage"):
+            attack("curriculum", stages={"a": {"attack": refused}})
 
 
 @pytest.mark.parametrize(("name", "options", "key"), OPTIONS)
