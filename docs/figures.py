@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
@@ -41,13 +42,6 @@ MARKER = re.compile(
     r"^(`{3,}).*?^\1$|<!-- record: (?P<expression>.*?) -->(?P<text>.*?)<!-- end -->",
     re.DOTALL | re.MULTILINE,
 )
-TEXT_TO_IMAGE = {
-    "Verdict": "verdict",
-    "Checks passed": "checks",
-    "Attack success": "asr percent interval",
-    "Relearning slowdown": "steps_to_relearn_ratio_worst ratio interval",
-    "Benign cost": "benign_steps_ratio_worst ratio interval",
-}
 
 
 @functools.cache
@@ -114,7 +108,7 @@ def score_text(item: Mapping[str, Any], show: str) -> str:
     return text.replace("-", "−")
 
 
-def table(records: str, rows: dict[str, str], columns: dict[str, str] = TEXT_TO_IMAGE) -> str:
+def table(records: str, rows: dict[str, str], columns: dict[str, str]) -> str:
     """Return a Markdown table.
 
     Args:
@@ -266,20 +260,15 @@ def step_times() -> str:
     brackets those of the straightforward loop, and the exponent of the time in the dimension
     between the largest two.
     """
-    with (ROOT / "tests/benchmarks/kappa_step.csv").open(newline="") as file:
-        times = {(int(r["rows"]), int(r["dimensions"])): r for r in csv.DictReader(file)}
-    dimensions = sorted({d for _, d in times})
-    lines = [["Rows of a batch", *(f"d = {d:,}" for d in dimensions), "exponent"]]
-    for rows in sorted({rows for rows, _ in times}):
-        cells = []
-        for d in dimensions:
-            thin, other = times[rows, d]["thin_ms"], times[rows, d]["straightforward_ms"]
-            cells.append(round_number(float(thin), ""))
-            cells[-1] += f" ({round_number(float(other), '')})" if other else ""
-        before, last = (float(times[rows, d]["thin_ms"]) for d in dimensions[-2:])
-        exponent = np.log(last / before) / np.log(dimensions[-1] / dimensions[-2])
-        lines.append([f"{rows:,}", *cells, round_number(exponent, "")])
-    return markdown(lines)
+    times = pd.read_csv(ROOT / "tests/benchmarks/kappa_step.csv")
+    times = times.pivot(index="rows", columns="dimensions")
+    text = times.map(lambda ms: "" if pd.isna(ms) else round_number(ms, ""))
+    thin, other = text["thin_ms"], text["straightforward_ms"].map(lambda ms: ms and f" ({ms})")
+    *_, before, last = thin
+    exponents = np.log(times["thin_ms", last] / times["thin_ms", before]) / np.log(last / before)
+    cells = (thin + other).assign(exponent=exponents.map(lambda e: round_number(e, "")))
+    head = ["Rows of a batch", *(f"d = {d:,}" for d in thin), "exponent"]
+    return markdown([head, *([f"{row.Index:,}", *row[1:]] for row in cells.itertuples())])
 
 
 def plain_attacks() -> str:

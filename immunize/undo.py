@@ -23,7 +23,7 @@ At the size of Stable Diffusion v1-4, in float32 on a CPU, 16 × 16 latents and 
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +45,7 @@ from lab.core.data import ConceptCase, Kind
 from lab.core.errors import Diverged, UserError
 from lab.core.prompts import in_turn
 from lab.core.seeding import generator, shuffled
-from lab.core.training import part_of, progress, restore_slots, schedule_factor, slots, train
+from lab.core.training import progress, restore_state, schedule_factor, state_tensors, train
 from lab.core.types import Checkpoint, Immunizer, Log
 from lab.models.diffusion import DiffusionModel
 
@@ -114,41 +114,32 @@ class Undo(Immunizer):
         log: Log,
     ) -> DiffusionModel:
         training = _Distillation(self, model, _captions(self, case, seed), case, seed)
-        every = self.checkpoint_every
-        options: dict[str, Any] = {"checkpoint": checkpoint, "log": log, "save_every": every}
-        train(training, self.steps, label=self.name, **options)
+        train(
+            training,
+            self.steps,
+            label=self.name,
+            checkpoint=checkpoint,
+            log=log,
+            save_every=self.checkpoint_every,
+        )
         return training.student
 
 
-@dataclass(frozen=True)
-class _Captions:
-    """The captions of the student, and those of the teacher in their place.
+def _captions(options: Undo, case: ConceptCase, seed: int) -> list[tuple[str, str]]:
+    """Return a caption of the student, and that of the teacher in its place, for each image.
 
-    Attributes:
-        student, teacher: one caption each per image of the bank.
-        same: how many come first and are the same for both.
-    """
-
-    student: tuple[str, ...]
-    teacher: tuple[str, ...]
-    same: int
-
-
-def _captions(options: Undo, case: ConceptCase, seed: int) -> _Captions:
-    """Collect captions to keep (unrelated ones, and those of erased concepts that are no targets)
-    and of the targets.
+    The first ``keep_samples`` are to keep, the same for both: unrelated ones, and those of erased
+    concepts that are no targets. Those of the targets follow.
     """
     names = {c.name for c in case.targets}
     others = [e for e in case.erased if e.name not in names]
     pool = [*case.regularizers, *case.keep.prompts, *(p for e in others for p in e.prompts)]
     keep = in_turn(shuffled(list(dict.fromkeys(pool)), seed, "undo", "kept"), options.keep_samples)
-    student, teacher = list(keep), list(keep)
+    captions = [(text, text) for text in keep]
     for erasure in (e for e in case.erased if e.name in names):
         pairs = list(zip(erasure.prompts, erasure.anchors, strict=True))
-        chosen = in_turn(shuffled(pairs, seed, "undo", erasure.name), options.target_samples)
-        student += [prompt for prompt, _ in chosen]
-        teacher += [anchor for _, anchor in chosen]
-    return _Captions(tuple(student), tuple(teacher), options.keep_samples)
+        captions += in_turn(shuffled(pairs, seed, "undo", erasure.name), options.target_samples)
+    return captions
 
 
 def noised_copy(
@@ -176,7 +167,7 @@ class _Distillation:
         self,
         options: Undo,
         teacher: DiffusionModel,
-        captions: _Captions,
+        captions: list[tuple[str, str]],
         case: ConceptCase,
         seed: int,
     ) -> None:
@@ -194,9 +185,9 @@ class _Distillation:
     def _sample(self) -> Tensor:
         """Return what the teacher draws for every caption, as scaled latents [n, c, s, s]."""
         parts = []
-        starts = range(0, len(self.captions.teacher), 64)
+        starts = range(0, len(self.captions), 64)
         for start in progress(starts, f"{self.options.name}: samples of the teacher"):
-            texts = self.captions.teacher[start : start + 64]
+            texts = [anchor for _, anchor in self.captions[start : start + 64]]
             noise = self.teacher.latents(len(texts), self.seed, "undo bank", start)
             parts.append(self.teacher.sample(texts, noise, self.sampling))
         return torch.cat(parts)
@@ -205,18 +196,20 @@ class _Distillation:
         options, g = self.options, generator(self.seed, "undo", step)
         if self.bank is None:
             self.bank = self._sample()
-        total, same = len(self.captions.student), self.captions.same
-        targets = max(1, round(options.batch_size * options.target_share))
+        same, targets = (
+            options.keep_samples,
+            max(1, round(options.batch_size * options.target_share)),
+        )
         index = torch.cat(
             [
                 torch.randint(same, (max(1, options.batch_size - targets),), generator=g),
-                torch.randint(same, total, (targets,), generator=g),
+                torch.randint(same, len(self.captions), (targets,), generator=g),
             ]
         )
         dropped = (torch.rand(len(index), generator=g) < options.drop).tolist()
         student, teacher = (
             ["" if empty else texts[i] for i, empty in zip(index.tolist(), dropped, strict=True)]
-            for texts in (self.captions.student, self.captions.teacher)
+            for texts in zip(*self.captions, strict=True)
         )
         z = self.bank[index].to(self.student.device)
         t = torch.randint(self.student.timesteps, (len(z),), generator=g).to(z.device)
@@ -244,13 +237,11 @@ class _Distillation:
         return {"distillation_loss": mean}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"unet/{k}": v for k, v in self.student.unet.state_dict().items()}
-        tensors |= {f"optimizer/{k}": v for k, v in slots(self.optimizer).items()}
-        if self.bank is not None:
-            tensors["bank"] = self.bank
-        return tensors, {"recent": self.recent}
+        assert self.bank is not None  # a state is asked for after a step
+        return state_tensors(self.trained, self.optimizer) | {"bank": self.bank}, {
+            "recent": self.recent
+        }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self.student.unet.load_state_dict(part_of(tensors, "unet/"))
-        restore_slots(self.optimizer, part_of(tensors, "optimizer/"))
+        restore_state(self.trained, self.optimizer, tensors)
         self.bank, self.recent = tensors["bank"], list(values["recent"])

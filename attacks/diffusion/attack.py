@@ -608,10 +608,10 @@ class AttackTrainee:
     def close(self) -> None:
         """End the stage: what it trained becomes a plain part of the model."""
         weights, state = self.learner.moving.weights(), self._state()
-        words = {k: v for k, v in weights.items() if k.startswith("embedding.")}
-        self.words |= {k: v.detach().clone() for k, v in words.items()}
-        parameters = {k: v for k, v in state.items() if ".parameter." in k}
-        self.earlier |= {k: v.to("cpu", copy=True) for k, v in parameters.items()}
+        self.words |= {
+            k: v.detach().clone() for k, v in weights.items() if k.startswith("embedding.")
+        }
+        self.earlier |= {k: v.to("cpu", copy=True) for k, v in state.items() if ".parameter." in k}
         self.learner.moving.close()
 
     def step(self, step: int) -> None:
@@ -689,15 +689,23 @@ class AttackTrainee:
     def info(self) -> dict[str, Any]:
         """Return what the record says of the attack; of the last stage where there are several."""
         options, moving = self.learner.attack, self.learner.moving
-        names = ("optimizer", "lr", "schedule", "batch_size", "augmentation", "template")
-        info = {name: getattr(options, name) for name in (*names, "prior_weight")}
-        info |= {"attack": self.attack.name, "images": len(self.learner.images)}
-        if options.template == "token":
-            info["expression"] = self.learner.token
-        size = sum(p.numel() for p in self.learner.parameters)
-        prompts = self.learner.prompts(self.attack)
-        info |= {"parameters": size, "prompts": prompts, "form": moving.form}
-        return {**info, **moving.info, **moving.results()}
+        return {
+            "optimizer": options.optimizer,
+            "lr": options.lr,
+            "schedule": options.schedule,
+            "batch_size": options.batch_size,
+            "augmentation": options.augmentation,
+            "template": options.template,
+            "prior_weight": options.prior_weight,
+            "attack": self.attack.name,
+            "images": len(self.learner.images),
+            **({"expression": self.learner.token} if options.template == "token" else {}),
+            "parameters": sum(p.numel() for p in self.learner.parameters),
+            "prompts": self.learner.prompts(self.attack),
+            "form": moving.form,
+            **moving.info,
+            **moving.results(),
+        }
 
 
 def run(

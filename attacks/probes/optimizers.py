@@ -51,7 +51,7 @@ class Optimizer(ABC):
 
     def reset(self) -> None:
         """Go back to w = 0."""
-        self.w = self.problem.start()
+        self.w = torch.zeros(self.problem.d, self.problem.c, dtype=torch.float64)
 
     @abstractmethod
     def step(self, rate: float = 0.0, rows: Tensor | None = None) -> None:

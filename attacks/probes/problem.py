@@ -94,10 +94,6 @@ class Problem(ABC):
         self.gram = z.T @ z / self.n if gram and self.n > self.d else None
         self.moment = z.T @ y / self.n
 
-    def start(self) -> Tensor:
-        """Return w_0 = 0 [d, c]."""
-        return torch.zeros(self.d, self.c, dtype=torch.float64)
-
     def loss(self, w: Tensor) -> float:
         """Return the objective over all rows, penalty included."""
         return self.data_loss(self.z, self.y, w) + 0.5 * self.ridge * float(w.square().sum())
@@ -141,12 +137,10 @@ class Squared(Problem):
         return float((z @ w - y).square().sum()) / (2 * len(z))
 
     def gradient(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
-        if rows is not None:
-            z, y = self.z[rows], self.y[rows]
-            return z.T @ (z @ w - y) / len(z) + self.ridge * w
-        if self.gram is not None:
+        if rows is None and self.gram is not None:
             return self.gram @ w - self.moment + self.ridge * w
-        return self.z.T @ (self.z @ w - self.y) / self.n + self.ridge * w
+        z, y = (self.z, self.y) if rows is None else (self.z[rows], self.y[rows])
+        return z.T @ (z @ w - y) / len(z) + self.ridge * w
 
     def line_minimum(self, w: Tensor, g: Tensor, p: Tensor) -> float:
         """Return −⟨g, p⟩ / ⟨p, ∇²L p⟩, 0 where there is no curvature along ``p``."""

@@ -163,9 +163,15 @@ def _measure_change(run: RunView, case: Case, seed: int, pair: Row) -> Row:
         model = run.model(name, case, seed)
         benign, harmful = (features(model, task.train.x) for task in tasks)
         angles.append(float(principal_angles(benign, harmful).mean()))
-    labels = {"case": case.name, "seed": seed, "task": pair["task"]}
-    change = {"rir": pair["rir"], "kappa": pair["kappa_harmful_ratio"]}
-    return {**labels, **change, "angle": angles[0], "angle_change": angles[1] - angles[0]}
+    return {
+        "case": case.name,
+        "seed": seed,
+        "task": pair["task"],
+        "rir": pair["rir"],
+        "kappa": pair["kappa_harmful_ratio"],
+        "angle": angles[0],
+        "angle_change": angles[1] - angles[0],
+    }
 
 
 def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> list[Row]:
@@ -174,10 +180,15 @@ def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> l
     for seed, case in walk(run):
         harmful, benign = (worst_slowdown(run, attack, role, "auto", case, seed) for role in ROLES)
         if harmful is not None and benign is not None and benign.value > 0:
-            row = {"attack": attack, **changes[seed, case.name], "harmful_slowdown": harmful.value}
-            row["relative_slowdown"] = harmful.value / benign.value
-            row["censored"] = harmful.bound is not None or benign.bound is not None
-            rows.append(row)
+            rows.append(
+                {
+                    "attack": attack,
+                    **changes[seed, case.name],
+                    "harmful_slowdown": harmful.value,
+                    "relative_slowdown": harmful.value / benign.value,
+                    "censored": harmful.bound is not None or benign.bound is not None,
+                }
+            )
     return rows
 
 

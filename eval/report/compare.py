@@ -157,13 +157,20 @@ def to_text(result: dict[str, Any]) -> str:
         return "\n".join([*lines, "Both records have the same content: every figure is equal."])
     changed, config = _changed(result), _settings(result)
     equal = len(result["metrics"]) - len(changed)
-    lines += [*_warnings(result), "", aligned(_figures(changed[:SHOWN]))]
-    lines.append(f"{len(changed[SHOWN:])} more figures differ and {equal} are equal, see the page.")
-    for way, count in Counter(row["how"] for row in changed if row["how"]).most_common():
-        lines.append(f"  intervals of {count}: {way}")
-    lines.append(f"\nSettings of both records that differ ({len(config)}):")
-    lines += [f"  {key}: {a} → {b}" for key, a, b in config[:SHOWN]]
-    return "\n".join([*lines, *["  …"] * (len(config) > SHOWN)])
+    ways = Counter(row["how"] for row in changed if row["how"]).most_common()
+    return "\n".join(
+        [
+            *lines,
+            *_warnings(result),
+            "",
+            aligned(_figures(changed[:SHOWN])),
+            f"{len(changed[SHOWN:])} more figures differ and {equal} are equal, see the page.",
+            *(f"  intervals of {count}: {way}" for way, count in ways),
+            f"\nSettings of both records that differ ({len(config)}):",
+            *(f"  {key}: {a} → {b}" for key, a, b in config[:SHOWN]),
+            *["  …"] * (len(config) > SHOWN),
+        ]
+    )
 
 
 def many_to_text(table: pd.DataFrame, reference: Record) -> str:

@@ -86,12 +86,6 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     records = [row.record for row in rows]
     named = [(row.label, row.record) for row in rows]
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
-    blocks = leader_blocks(rows)
-    blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
-    blocks += check_blocks(rows) + attack_blocks(rows) + image_blocks(rows, beside, room)
-    blocks += curve_blocks(named) + spectrum_blocks(named)
-    blocks += pair_blocks(named) + transfer_blocks(named) + option_blocks(records)
-    blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
     details: list[Block] = [
         {
             "row": row,
@@ -104,8 +98,20 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     each = [
         {"summary": f"{d['row'].label}: {d['row'].outcome.label}", "blocks": [d]} for d in details
     ]
-    title = "Provenance, tables and configuration"
-    return blocks + collapsed(title, each if len(each) > 1 else details)
+    return [
+        *leader_blocks(rows),
+        *collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)]),
+        *check_blocks(rows),
+        *attack_blocks(rows),
+        *image_blocks(rows, beside, room),
+        *curve_blocks(named),
+        *spectrum_blocks(named),
+        *pair_blocks(named),
+        *transfer_blocks(named),
+        *option_blocks(records),
+        *collapsed("Notes on the data", [{"list": notes}] if notes else []),
+        *collapsed("Provenance, tables and configuration", each if len(each) > 1 else details),
+    ]
 
 
 def _metrics_table(rows: Sequence[Row]) -> Block:

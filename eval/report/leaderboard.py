@@ -289,11 +289,13 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
         metrics, names = row.record["metrics"], key_figures(row.record)
         mark = MARKS[row.outcome.tone] if row.outcome.label in TONES else ""
         diverged = " (partly diverged)" if metrics and row.record["status"] == "diverged" else ""
-        line = {"#": str(row.rank or "")} if len(rows) > 1 else {}
-        line["method"] = row.label
-        line["verdict"] = f"{mark} {row.outcome.label}{diverged}".strip()
-        line["checks"] = "{} of {}".format(*row.checks) if row.checks[1] else UNMEASURED
-        line |= {column: measured(metrics.get(name), name) for column, name in names.items()}
+        line = {
+            **({"#": str(row.rank or "")} if len(rows) > 1 else {}),
+            "method": row.label,
+            "verdict": f"{mark} {row.outcome.label}{diverged}".strip(),
+            "checks": "{} of {}".format(*row.checks) if row.checks[1] else UNMEASURED,
+            **{column: measured(metrics.get(name), name) for column, name in names.items()},
+        }
         if reference is not None and is_immunized(row.record):
             line["share of the reference"] = least_share(row.record, reference) or UNMEASURED
         line["strongest attack"] = strongest_attack(row.record)

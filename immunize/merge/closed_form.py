@@ -146,11 +146,11 @@ class Merge:
     ) -> None:
         self.count, self.learned = count, learned
         self.factors, self.members = dict(factors or {}), dict(members or {})
-        self.report: dict[str, float] = {}
-        for group in self.factors.values():
-            for key, value in group.report.items():
-                worst = min if key == "effective_rank" else max
-                self.report[key] = worst(self.report.get(key, value), value)
+        reports = [group.report for group in self.factors.values()]
+        self.report: dict[str, float] = {
+            key: (min if key == "effective_rank" else max)(report[key] for report in reports)
+            for key in (reports[0] if reports else ())
+        }
 
     def residual(self) -> dict[str, float]:
         """Return ``constraint_residual`` of the last merge; empty without a closed form."""
@@ -180,13 +180,13 @@ class Merge:
 
         The parts sum to ``v`` name by name, since the merge of N equal θ' and θ is θ itself.
         """
-        direct: Params = {}
-        for name, x in v.items():
-            if name in self.members or (self.learned is not None and name in self.learned.names):
-                direct[name] = x - sum(self.project(name, x, n) for n in range(self.count))
-            else:
-                direct[name] = torch.zeros_like(x)
-        return direct
+        own = {*self.members, *(self.learned.names if self.learned is not None else ())}
+        return {
+            name: x - sum(self.project(name, x, n) for n in range(self.count))
+            if name in own
+            else torch.zeros_like(x)
+            for name, x in v.items()
+        }
 
     def project(self, name: str, x: Tensor, n: int) -> Tensor:
         """Return x P_nᵀ, M_n ⊙ x or x/N, by what merges ``name``."""

@@ -64,7 +64,6 @@ class LearnedWeights:
                     v = like.new_zeros(columns, rank)
                     u[:, 0], v[:, 0] = 1, 1 / concepts
                     self.parameters |= {f"{key}/u": u, f"{key}/v": v}
-        self.parameters = {key: x.detach() for key, x in self.parameters.items()}
 
     def weight(self, name: str, n: int) -> Tensor:
         """Return M_n of ``name``; a number for ``gate``, a matrix for ``low_rank`` kernels too."""

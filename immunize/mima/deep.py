@@ -191,10 +191,11 @@ class DeepObjective(Objective):
                 rows[n] |= self._terms(theta, weights, "own", n, attacker, step, i, v)
             return {name: g * share for name, g in v.items()}
 
-        def add(n: int, gradient: Params) -> None:
-            accumulate(preservation if n == len(concepts) else total, gradient)
-
-        self.team.reduce_in_order(len(concepts) + 1, compute, add)
+        self.team.reduce_in_order(
+            len(concepts) + 1,
+            compute,
+            lambda n, part: accumulate(preservation if n == len(concepts) else total, part),
+        )
         # the merge is never looked at by several processes, see `MimaDeep.shards`
         for i in range(count) if "merged" in places else ():
             v = Params()
@@ -456,15 +457,14 @@ class InnerAttack:
         # an adapter needs a weight with an input and an output dimension
         names = [n for n in names if theta[n].ndim >= 2] if self.is_lora else names
         self.base = {name: theta[name].detach() for name in names}
-        self.leaves: list[Tensor] = []
-        self.seen: list[Tensor] = []  # θ as the leaves know it; low-rank factors add to θ itself
-        g = generator(seed, "mima", "factors", *labels)
-        for w in self.base.values():
-            if not self.is_lora:
-                self.leaves.append(w.clone().requires_grad_())
-                self.seen.append(w.clone())
-                continue
-            self.leaves += [x.requires_grad_() for x in draw_factors(w, rank, g)]
+        every, g = self.base.values(), generator(seed, "mima", "factors", *labels)
+        self.leaves = [
+            x.requires_grad_()
+            for w in every
+            for x in (draw_factors(w, rank, g) if self.is_lora else [w.clone()])
+        ]
+        # θ as the leaves know it; low-rank factors add to θ itself
+        self.seen = [] if self.is_lora else [w.clone() for w in every]
         self.optimizer: torch.optim.Optimizer
         if settings.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(self.leaves, lr=settings.lr)

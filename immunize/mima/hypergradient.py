@@ -136,9 +136,7 @@ def hypergradient(
     info, cosine = dict[str, Any](merge.residual()), float("nan")
     if method not in ("first_order", "alternating"):
         gradient, facts = _transpose(inner, traces, v, outer_names, merge, options, team)
-        for n in range(len(inner)):
-            for key, fact in facts[n].items():
-                info.setdefault(key, []).append(fact)
+        info |= {key: [facts[n][key] for n in range(len(inner))] for key in facts[0]}
         cosine = compute_cosine(gradient, first)
     if options.compare_own:
         info["cosine_own"] = compute_cosine(gradient, own)

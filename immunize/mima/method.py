@@ -238,14 +238,11 @@ class BilevelObjective(Objective):
         first inner losses.
         """
         total: Params = {}
-
-        def compute(n: int) -> Params:
-            return gradient_at(partial(_first_loss, inner[n]), theta, {}, [*self.copies])[1]
-
-        def add(_: int, gradient: Params) -> None:
-            accumulate(total, gradient, 1 / len(inner))
-
-        self.team.reduce_in_order(len(inner), compute, add)
+        self.team.reduce_in_order(
+            len(inner),
+            lambda n: gradient_at(partial(_first_loss, inner[n]), theta, {}, [*self.copies])[1],
+            lambda _, gradient: accumulate(total, gradient, 1 / len(inner)),
+        )
         with torch.no_grad():
             for name, copy in self.copies.items():
                 copy.copy_(theta[name])

@@ -10,13 +10,14 @@ import struct
 import textwrap
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from lab.core.errors import as_user_error
@@ -35,34 +36,14 @@ DAMAGED = (
     KeyError,
     struct.error,
 )  # Pillow raises
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says; a damaged EXIF block is ignored.
-
-    `PIL.ImageOps.exif_transpose` would have to write the block again, and fails.
-    """
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except DAMAGED:
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return upright RGB, transparency over white; greys of 16 bits and of floats (up to 1 or
-    their maximum) become 8 bits.
+    their maximum) become 8 bits. A damaged EXIF block is ignored.
     """
-    image = upright(image)
+    with suppress(*DAMAGED):  # turned before its EXIF block is written again
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 65535.0 if image.mode.startswith("I") else max(float(grey.max(initial=0.0)), 1.0)

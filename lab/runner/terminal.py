@@ -18,13 +18,10 @@ def figures(record: Record) -> dict[str, str]:
     """Return heading → value with its 95 % interval of the figures that count, where measured."""
     metrics = record["metrics"]
     shown = {}
-    for heading, name in key_figures(record).items():
+    for heading, name in {**key_figures(record), "utility lost": "utility_detection_drop"}.items():
         shown[heading] = measured(metrics.get(name), name)
         if f"{name}_baseline" in metrics:
             shown[heading] += f", baseline {measured(metrics[f'{name}_baseline'], name)}"
-    if "utility_detection_drop" in metrics:
-        name = "utility_detection_drop"
-        shown["utility lost"] = measured(metrics[name], name)
     return {heading: value for heading, value in shown.items() if value != "–"}
 
 

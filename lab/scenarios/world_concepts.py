@@ -38,7 +38,6 @@ from lab.minisd.world.vocabulary import (
     STYLE_NAMES,
     STYLES,
     THING,
-    members,
 )
 from lab.minisd.world.world import Picture, Subset
 from lab.scenarios import concept_texts as words
@@ -175,8 +174,9 @@ class Studio:
                 left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
             )
             return self.draw(subset, total, words.caption, "prior")
-        same = tuple(o for o in members(THING[name].category) if o not in taken) or left.objects
-        return self.draw(Subset(same, two_share=0.0), total, words.class_caption, "prior")
+        same = tuple(o for o in left.objects if THING[o].category == THING[name].category)
+        subset = Subset(same or left.objects, two_share=0.0)
+        return self.draw(subset, total, words.class_caption, "prior")
 
 
 @config

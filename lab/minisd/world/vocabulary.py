@@ -145,8 +145,3 @@ STYLE: dict[str, Style] = {s.name: s for s in STYLES}  # `PHOTO` is none
 ROLES: dict[str, str] = {
     name.strip(): role for role, names in _ROLES.items() for name in names.split(",")
 }
-
-
-def members(category: str) -> tuple[str, ...]:
-    """Return the objects of a category that MiniSD sees, in the order of the table."""
-    return tuple(t.name for t in THINGS if t.category == category and not t.held_out)

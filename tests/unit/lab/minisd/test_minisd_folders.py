@@ -76,13 +76,14 @@ def test_modes(tmp_path, mode: str, colour, expected) -> None:
     assert (load(path, 8)[:, 4, 4].int() - torch.tensor(expected).int()).abs().max() <= 1
 
 
-def test_exif_rotation(tmp_path) -> None:
+@pytest.mark.parametrize("name", ["r.jpg", "r.tiff"])
+def test_exif_rotation(name, tmp_path) -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:16] = 255  # upper half white; orientation 6 turns the image by 90 degrees clockwise
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "r.jpg", exif=exif, quality=95)
-    turned = load(tmp_path / "r.jpg", 32)[0].float()
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif, quality=95)
+    turned = load(tmp_path / name, 32)[0].float()
     assert turned[:, :12].mean() < 15 < 240 < turned[:, 20:].mean()
 
 
