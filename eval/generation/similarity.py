@@ -251,16 +251,20 @@ def _rsgr_unit(
         return read(values.T, at, evaluated.plan)[:, 0]
 
     count = min(len(between(c, a)) for c in (cell, *others) for a in attacks)
-    columns = []
-    for attack in attacks:
-        columns.append(np.mean([between(c, attack)[:count] for c in others], axis=0))
-        columns.append(between(cell, attack)[:count])
+    pairs = [
+        values
+        for attack in attacks
+        for values in (
+            np.mean([between(c, attack)[:count] for c in others], axis=0),
+            between(cell, attack)[:count],
+        )
+    ]
 
     def lowest(means: Floats) -> Floats:
         gaps = relative_gap(means.reshape(*means.shape[:-1], len(attacks), 2))
         return np.fmin.reduce(gaps, axis=-2)
 
-    return Unit(cell.seed, np.stack(columns, axis=1), lowest)
+    return Unit(cell.seed, np.stack(pairs, axis=1), lowest)
 
 
 def rsgr_scores(evaluated: EvaluatedRun, similarity: str, kind: str) -> dict[str, Score]:
@@ -277,9 +281,11 @@ def rsgr_scores(evaluated: EvaluatedRun, similarity: str, kind: str) -> dict[str
         for at, suffix in evaluated.readings
         if at != "mean" or kind in COSINES
     ]
-    for concept in dict.fromkeys(cell.concept for cell in targets):
-        cells = [cell for cell in targets if cell.concept == concept]
-        chosen.append((f"rsgr_{kind}_{slug(concept)}", cells, evaluated.horizon_index))
+    at_horizon = evaluated.horizon_index
+    chosen += [
+        (f"rsgr_{kind}_{slug(name)}", [c for c in targets if c.concept == name], at_horizon)
+        for name in dict.fromkeys(cell.concept for cell in targets)
+    ]
     return {
         name: score_units(
             [_rsgr_unit(evaluated, cell, similarity, kind, at) for cell in cells],

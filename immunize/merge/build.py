@@ -280,11 +280,12 @@ def build_merge(
     parameters = dict(model.unet.named_parameters())
     names = scope_names(model.unet, options.scope, "immunize.merge.scope")
     scope = [name for name in names if parameters[name].dim() >= 2]
-    members: dict[str, str] = {}
-    for name in scope if rule != "gated" else ():
-        on_layers = rule == "closed_form" and not any(part in name for part in TIMED)
-        if group_of(name) == TEXT or on_layers:
-            members[name] = group_of(name)
+    members = {
+        name: group_of(name)
+        for name in (scope if rule != "gated" else ())
+        if group_of(name) == TEXT
+        or (rule == "closed_form" and not any(part in name for part in TIMED))
+    }
     factors: dict[str, Factors] = {}
     dropped: list[str] = []
     if TEXT in members.values():

@@ -54,11 +54,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop(image: Image.Image, size: int) -> Image.Image:
-    """Return the centred square of ``image``, scaled to ``size`` pixels."""
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-
-
 def read_image(path: Path, size: int, key: str, *, draft: bool = True) -> NDArray[np.uint8]:
     """Return the centre square of one image file, scaled, as [size, size, 3].
 
@@ -77,7 +72,8 @@ def read_image(path: Path, size: int, key: str, *, draft: bool = True) -> NDArra
                 raise ValueError(f"more than {MAX_PIXELS:,} pixels")
             if draft:
                 image.draft("RGB", (2 * size, 2 * size))
-            return np.asarray(crop(to_rgb(image), size))
+            square = ImageOps.fit(to_rgb(image), (size, size), method=Image.Resampling.BICUBIC)
+            return np.asarray(square)
 
 
 def stack(images: list[NDArray[np.uint8]]) -> Tensor:

@@ -121,7 +121,7 @@ class Training:
 
     def __init__(self, recipe: Recipe, cache: StageCache) -> None:
         self.recipe, self.cache = recipe, cache
-        self.curves: dict[str, dict[str, list[float]]] = {}
+        self.curves: dict[str, list[dict[str, float]]] = {}
         self.seconds: dict[str, float | None] = {}
         self.device = pick("train.device", recipe.device)
         # the scorers' images and weights share nothing with MiniSD's
@@ -173,12 +173,7 @@ class Training:
         artifact, _ = self.cache.get("train", key, compute)
         model.load_state_dict(artifact.tensors)
         self.seconds[name] = artifact.seconds
-        curves: dict[str, list[float]] = {}
-        for row in artifact.values["log"]:
-            for curve in row.keys() - {"step"}:
-                curves.setdefault(curve, []).append(row[curve])
-                curves.setdefault(f"{curve}_step", []).append(row["step"])
-        self.curves[name] = curves
+        self.curves[name] = artifact.values["log"]
         return model.cpu().eval()
 
     def vae(self) -> Any:

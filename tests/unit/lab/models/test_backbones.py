@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from lab.core.data import Case, Split, Task
 from lab.core.errors import UserError
-from lab.core.images import crop, stack
+from lab.core.images import stack
 from lab.core.types import same_weights
 from lab.models.vision import PACKAGE_MODEL, VisionBackbone, VisionModel, chain, imagenet_package
 
@@ -81,7 +81,12 @@ def test_package_weights_recognise_photographs() -> None:
     images = {652: portrait, 698: palace, 985: daisy}  # ImageNet: military uniform, palace, daisy
     network = timm.create_model(PACKAGE_MODEL, pretrained=False)
     network.load_state_dict(imagenet_package())
-    x = stack([np.asarray(crop(image, 224)) for image in images.values()])
+    x = stack(
+        [
+            np.asarray(ImageOps.fit(image, (224, 224), Image.Resampling.BICUBIC))
+            for image in images.values()
+        ]
+    )
     with torch.no_grad():
         top = network.eval()((x / 255.0 - 0.5) / 0.5).argmax(1)
     assert top.tolist() == list(images)
