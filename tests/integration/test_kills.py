@@ -2,7 +2,7 @@
 twice.
 
 KILLS=N in the environment says how often each test strikes. A Slurm job that is killed:
-tests/slurm.
+test_slurm.py.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Sweeps whose jobs run in other processes of this machine (Slurm: tests/slurm), and how they say
+"""Sweeps whose jobs run in other processes of this machine (Slurm: test_slurm.py), and how they say
 what is missing.
 """
 
