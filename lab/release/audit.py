@@ -187,6 +187,7 @@ def summarize(
         "headline": verdict["note"],
         "checkpoint": {"path": config["backbone"]["path"], "unet_sha256": unet},
         "steps": config["budget"]["horizon"] * config["budget"]["multiple"],
+        "unit": config["budget"]["unit"],  # of steps
         "attacks": record["attacks"],
         "strongest_attack": strongest
         and {key: strongest[key] for key in ("attack", "concept", "steps")}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_generations import (
+    BUDGET,
     RATES,
     Detector,
     FakeRun,
@@ -50,6 +51,13 @@ def rows(scores):
 
 
 # ---- figures
+
+
+def test_a_budget_in_images_is_reported_in_images():
+    counted = replace(run(), budget=replace(BUDGET, unit="images"))
+    scores = audited(counted)
+    assert scores.metrics["audit_steps_worst"].unit == "images"
+    assert "images" in scores.tables["audit_verdict"][0]["reason"]
 
 
 def test_the_soonest_attack_counts():
