@@ -74,13 +74,13 @@ class Reparametrization(Immunizer):
     (`lab.models.symmetries.canonicalize`).
 
     Args:
-        condition: condition number of the random matrices.
+        exponent: rows are multiplied by powers of two from 2^-exponent to 2^exponent.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
 
     name: Text = "reparam"
-    condition: Annotated[float, Field(strict=True, gt=1)] = 1e4
+    exponent: Annotated[int, Field(strict=True, ge=1, le=30)] = 7
 
     def __call__(
         self,
@@ -92,7 +92,7 @@ class Reparametrization(Immunizer):
         log: Log,
     ) -> DiffusionModel:
         changed = model.copy()
-        reparametrize(changed.unet, self.condition, seed)
+        reparametrize(changed.unet, self.exponent, seed)
         return changed
 
 

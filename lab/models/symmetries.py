@@ -6,6 +6,7 @@ invertible M of the head's width gives an equal network:
     W_q ← M⁻ᵀ W_q,  W_k ← M W_k   and   W_v ← M W_v,  W_o ← W_o M⁻¹.
 
 Training does depend on M. Linear layers without bias only, as in every U-Net of diffusers.
+`reparametrize` takes diagonal M of powers of two: exact in every floating-point format.
 """
 
 from __future__ import annotations
@@ -35,22 +36,18 @@ def _heads(unet: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tenso
 
 
 @torch.no_grad()
-def reparametrize(unet: nn.Module, condition: float, seed: int) -> None:
-    """Change the attention weights in place, with random M of condition number ``condition``.
+def reparametrize(unet: nn.Module, exponent: int, seed: int) -> None:
+    """Multiply rows of W_k and W_v by 2^e in place, those of W_q and the columns of W_o by 2^-e.
 
-    M = U diag(s) Vᵀ, U and V random rotations, log s evenly spaced around 0.
+    Per head, the integers e are evenly spaced from -``exponent`` to ``exponent``, in random order.
     """
     for name, q, k, v, o in _heads(unet):
-        width = len(q)
         for label, (left, right) in {"qk": (k, q.T), "vo": (v, o)}.items():
             g = generator(seed, "reparametrize", name, label)
-            u, w = (
-                torch.linalg.qr(torch.randn(width, width, generator=g).double())[0] for _ in "uw"
-            )
-            scale = torch.logspace(-0.5, 0.5, width, base=condition, dtype=torch.float64)
-            m, inverse = u * scale @ w.T, w / scale @ u.T
-            left.copy_(m @ left.cpu().double())
-            right.copy_(right.cpu().double() @ inverse)
+            order = torch.randperm(len(q), generator=g)
+            scale = 2 ** torch.linspace(-exponent, exponent, len(q)).round()[order].to(left)
+            left *= scale[:, None]
+            right /= scale
 
 
 @torch.no_grad()
