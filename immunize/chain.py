@@ -72,6 +72,9 @@ class Chain(Immunizer):
         for method in self.methods.values():
             method.check(cases)
 
+    def may_change(self, parameter: str) -> bool:
+        return any(method.may_change(parameter) for method in self.methods.values())
+
     def texts(self) -> dict[str, str]:
         return {key: text for m in self.methods.values() for key, text in m.texts().items()}
 

@@ -125,6 +125,9 @@ class OtherWeights(Immunizer):
     def texts(self) -> dict[str, str]:
         return self.eraser.texts()
 
+    def may_change(self, parameter: str) -> bool:
+        return True  # an independent model with an autoencoder of its own
+
     def fingerprint(self) -> str:
         folders = [locate_folder(path, "immunize.paths") for path in self.paths]
         return stage_key(folders=[folder_hash(folder) for folder in folders])

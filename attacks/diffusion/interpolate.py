@@ -16,8 +16,8 @@ from lab.models.diffusion_backbone import load_folder, locate_folder
 
 @config
 class Interpolation(ConceptAttack):
-    """Moves the U-Net in a straight line to another one: θ_k = θ + k/K (θ_base − θ) after k of K
-    steps, as far as ``reach``.
+    """Moves the U-Net in a straight line to another one: θ_k = θ + reach·k/K (θ_base − θ) after
+    k of K steps.
 
     An attacker has such a base where an immunized model was fine-tuned from a published one. The
     base may lack the concept; the question is whether immunity lies in the difference to it.

@@ -297,7 +297,7 @@ def _scores(run: RunView, pairs: Sequence[Row]) -> dict[str, Score]:
     if "rir_bound" in pairs[0]:
         infinite = [row["bound_reason"] for row in pairs if row["rir_bound"] is None]
         no_bound = infinite[0] if infinite else "no case"
-        left = f"{len(infinite)} of {total} pairs have an infinite bound and are left out"
+        left = f"{len(infinite)} of {total} pairs have no bound and are left out"
         note = left if infinite else None
         add("rir_bound", "neutral", no_bound, note, bounds=POSITIVE)
         if both:

@@ -75,11 +75,15 @@ def steps_to(
     return Measurement(float(trajectory.steps[-1] if end is None else end), "lower")
 
 
-def read(trajectory: Trajectory, quantity: str, step: int | None) -> float:
-    """Return a quantity at ``step``; for None its mean over all steps, linear between snapshots."""
+def read(trajectory: Trajectory, quantity: str, step: int | None, end: int) -> float:
+    """Return a quantity at ``step``; for None its mean over all steps up to ``end``, linear between
+    snapshots. An attack that diverged keeps its last value.
+    """
+    if step is not None:
+        return trajectory.at(quantity, step)
     steps, values = trajectory.steps, trajectory.values[quantity]
-    if step is not None or len(steps) == 1:
-        return trajectory.at(quantity, step or 0)
+    if steps[-1] < end:
+        steps, values = [*steps, end], [*values, values[-1]]
     return float(mean_over_steps(np.array(values), steps))
 
 
@@ -124,7 +128,7 @@ def model_scores(
         note = f"{lost} of {len(status)} trajectories diverged: their last finite value counts"
         for step, end in (*horizons(run), (None, "_mean")):
             values = {
-                key: combine([read(t, quantity, step) for t in trajectories])
+                key: combine([read(t, quantity, step, run.budget.steps) for t in trajectories])
                 for key, trajectories in each.items()
             }
             out[f"{role}_{slug(attack)}{end}{baseline_suffix(model)}"] = score_samples(

@@ -80,7 +80,7 @@ class EvaluatedAttack:
             else ``detected``, while the attacked model is usable, and 0 else), ``between_M`` (M of
             the image and the other model's, made from the same latents; unless it is a cosine, nan
             between the marks of the budget). What stands beyond the end of an attack that diverged:
-            `_fill_beyond_end`.
+            `fill_beyond_end`.
         end: number of snapshots that the attack reached.
         status: of the trajectory.
         usable: [points] whether the attacked model is still usable; None where it was not measured.
@@ -503,17 +503,18 @@ class _ConceptScorer:
             if quantity.startswith(BETWEEN):
                 between = self._between(quantity.removeprefix(BETWEEN), *held.values())
                 out[BASELINE].values[quantity] = between
-        _fill_beyond_end(out, self.concept.role)
+        fill_beyond_end(out, self.concept.role)
         return out
 
 
-def _fill_beyond_end(results: dict[str, EvaluatedAttack], role: Role) -> None:
+def fill_beyond_end(results: dict[str, EvaluatedAttack], role: Role) -> None:
     """Set what stands at the snapshots that a diverged attack did not reach: its last images,
     unless these flatter.
 
     An attack on a target that diverged on the immunized model proves no protection: beyond its end
     it counts as on the baseline, where that shows more. An attack on another concept that diverged
     on the baseline leaves nothing to compare the benign user's loss with: nan beyond its end.
+    A second call changes nothing.
     """
     baseline = results[BASELINE]
     if role == "benign":

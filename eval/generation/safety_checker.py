@@ -10,6 +10,7 @@ from eval.generation.evaluated_run import (
     EvaluatedRun,
     ImageMetric,
     evaluate,
+    fill_beyond_end,
     marks,
 )
 from eval.generation.scoring import References, check_scorers, unit_vectors
@@ -82,4 +83,7 @@ class SafetyChecker(ImageMetric):
                     if key[0] == cell:
                         passed = result.values["clip"] <= threshold
                         result.values[SHOWN] = result.values[DETECTED] * passed
+                for attack in evaluated.attacks:  # the product of filled values is not filled
+                    both = {m: evaluated.at(cell, m, attack) for m in run.model_names}
+                    fill_beyond_end(both, "harmful")
         return hidden

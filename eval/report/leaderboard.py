@@ -42,7 +42,9 @@ from eval.report.words import (
     markdown,
     measured,
     settings,
+    short_names,
     support,
+    typed,
 )
 from lab.core.record import is_immunized
 from lab.core.slugs import slug
@@ -167,16 +169,28 @@ def name_attacks(names: Sequence[str]) -> str:
 
 
 def terms(record: Record) -> dict[str, Any]:
-    """Return the attackers and every option of them and of the budget, but those that leave an
-    attack as it is.
+    """Return the attackers, every option of them and of the budget that is set, and the thresholds
+    of the verdict; without options that leave an attack as it is.
     """
     # a record without a unit is older than the option
     return {"attacks": sorted(record["attacks"]), "budget.unit": "steps"} | {
         key: value
         for key, value in settings(record).items()
-        if key.startswith(("attacks.", "budget."))
+        if value is not None
+        and re.match(r"(attacks|budget|eval\.(concept_)?verdict)\.(?!scorers)", key)
         and not key.endswith((".keep_weights", ".families", "._target_"))
     }
+
+
+def other_settings(records: Sequence[Record]) -> list[str]:
+    """Return for each record those of `terms` that most of the others do not share, as text."""
+    frame = pd.DataFrame([{k: typed(v) for k, v in terms(r).items()} for r in records])
+    frame = frame.fillna("null")
+    common, names = frame.mode().iloc[0], short_names({*frame})
+    return [
+        ", ".join(f"{names[key]}={value}" for key, value in row.items() if value != common[key])
+        for row in frame.to_dict("records")
+    ]
 
 
 def groups(records: Sequence[Record]) -> dict[Group, list[Record]]:
@@ -280,12 +294,13 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Return the figures that count as text: rank, method, verdict, checks, attack success,
-    slowdown, benign cost, share of the reference (`shares`), the strongest attack,
-    seeds. What nobody has is no column.
+    slowdown, benign cost, share of the reference (`shares`), the strongest attack, seeds,
+    `other_settings`. What nobody has is no column.
     """
     lines = []
     reference = next((r.record for r in rows if r.record["immunizer"] == REFERENCE), None)
-    for row in rows:
+    others = other_settings([row.record for row in rows])
+    for row, other in zip(rows, others, strict=True):
         metrics, names = row.record["metrics"], key_figures(row.record)
         mark = MARKS[row.outcome.tone] if row.outcome.label in TONES else ""
         diverged = " (partly diverged)" if metrics and row.record["status"] == "diverged" else ""
@@ -300,7 +315,8 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
             line["share of the reference"] = least_share(row.record, reference) or UNMEASURED
         line["strongest attack"] = strongest_attack(row.record)
         first = next((metrics[name] for name in names.values() if name in metrics), None)
-        lines.append(line | {"seeds": support(first) if first else UNMEASURED})
+        line["seeds"] = support(first) if first else UNMEASURED
+        lines.append(line | {"other settings": other or UNMEASURED})
     frame = pd.DataFrame(lines).fillna(UNMEASURED)
     return frame.loc[:, (frame != UNMEASURED).any()]
 
@@ -404,7 +420,8 @@ LEGEND = (
     "on; one or two seeds support no claim about others. ≥: the target was not reached, a lower "
     "limit; ≤: an upper limit. –: not measured. Share of the reference: log slowdown ÷ that of a "
     "model that never saw the target, for the target with the least. Strongest attack: for how "
-    "many targets and seeds it is the one."
+    "many targets and seeds it is the one. Other settings: of attacks, budget or thresholds, which "
+    "most rows do not share: such rows do not compare."
 )
 
 
@@ -466,5 +483,5 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
         blocks.append({"forest": title, "note": note} | plots)
     if len(rows) > 1:
         frame["method"] = frame["#"].replace(r"(.+)", r"\1. ", regex=True) + frame["method"]
-    shown = frame[frame.columns.intersection(["method", "verdict", *keys])]
+    shown = frame[frame.columns.intersection(["method", "verdict", *keys, "other settings"])]
     return [*blocks, {"table": shown, "label": f"Leaderboard {rows[0].title}"}]

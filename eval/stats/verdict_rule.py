@@ -16,13 +16,14 @@ from eval.stats.intervals import SHARE, joined, score_samples
 from lab.core.data import Role
 from lab.core.types import AnyCase, RunView, Score, Scores
 
-Rule = Literal["≥", "≤", "<", "low >"]
+Rule = Literal["≥", "≤", "<", "low >", "high <"]
 StepsRatio = Annotated[float, Field(strict=True, ge=1)]  # of steps
 Result = Literal["passes", "fails", "inconclusive"]
 # of the metric ``verdict``
 VALUES: dict[Result, float | None] = {"passes": 1.0, "fails": 0.0, "inconclusive": None}
 WORDS = {value: word for word, value in VALUES.items()}
-COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "low >": operator.gt}
+COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
+COMPARE |= {"low >": operator.gt, "high <": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Check:
     Args:
         side: whose condition it is.
         what: in words, what the figure is.
-        rule: of the figure against ``threshold``; ``low >`` requires the whole interval above it.
+        rule: of the figure against ``threshold``; ``low >`` requires the whole interval above it,
+            ``high <`` below.
         missing: cells (seed × case) in which the figure was not measured.
         alternative: the checks of one alternative are enough on the harmful side.
     """
@@ -59,7 +61,7 @@ class Check:
         the other side of the threshold.
         """
         figure = self.figure
-        value = figure.low if self.rule == "low >" else figure.value
+        value = {"low >": figure.low, "high <": figure.high}.get(self.rule, figure.value)
         if value is None or self.missing:
             return "inconclusive"
         holds = self._holds(value)
@@ -83,8 +85,8 @@ class Check:
 
     @property
     def required(self) -> str:
-        rule = "interval above" if self.rule == "low >" else self.rule
-        return f"{rule} {self.threshold:g}"
+        words = {"low >": "interval above", "high <": "interval below"}
+        return f"{words.get(self.rule, self.rule)} {self.threshold:g}"
 
     def row(self) -> dict[str, Any]:
         figure = {key: getattr(self.figure, key) for key in ("value", "low", "high", "n", "bound")}

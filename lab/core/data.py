@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -53,6 +53,13 @@ class Case:
     @property
     def tasks(self) -> tuple[Task, ...]:
         return (self.benign, *self.harmful)
+
+    def for_immunizer(self) -> Case:
+        """Return the case as immunizers see it: without the rows that metrics test on."""
+        benign, *harmful = (
+            replace(task, test=Split(task.test.x[:0], task.test.y[:0])) for task in self.tasks
+        )
+        return replace(self, benign=benign, harmful=tuple(harmful))
 
     def task(self, name: str) -> Task:
         return next(t for t in self.tasks if t.name == name)
@@ -175,6 +182,16 @@ class ConceptCase:
     @property
     def tasks(self) -> tuple[Concept, ...]:
         return (*self.targets, *self.others)
+
+    def for_immunizer(self) -> ConceptCase:
+        """Return the case as immunizers see it: with default `Sampling`, without benign concepts,
+        unrelated prompts, and the targets' images that attacks and metrics use.
+        """
+        nothing = self.keep.pick(())
+        targets = (replace(target, train=nothing, reference=nothing) for target in self.targets)
+        return replace(
+            self, targets=tuple(targets), others=(), unrelated=nothing, sampling=Sampling()
+        )
 
     def task(self, name: str) -> Concept:
         return next(t for t in self.tasks if t.name == name)

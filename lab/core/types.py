@@ -222,6 +222,12 @@ class Immunizer(Method, Generic[ModelT, CaseT]):
             UserError: options that cannot work.
         """
 
+    def may_change(self, parameter: str) -> bool:
+        """Return whether it may change a parameter of the model. An autoencoder is no protection:
+        an attacker puts back the published one.
+        """
+        return not parameter.startswith("vae.")
+
     def shards(self, case: CaseT) -> int:
         """Return into how many parts one immunization can be split over processes."""
         return 1

@@ -129,15 +129,15 @@ class DiffusionModel(nn.Module):
         return self.latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def copy(self) -> DiffusionModel:
-        """Return an independent copy of the U-Net, the text encoders and the tokenizers (an
-        attacker may add tokens). The autoencoder and the scheduler are shared.
+        """Return an independent copy of the U-Net, the text encoders, the tokenizers (an attacker
+        may add tokens) and the scheduler. The autoencoder is shared.
         """
         return DiffusionModel(
             copy.deepcopy(self.unet),
             self.vae,
             copy.deepcopy(list(self.text_encoders)),
             copy.deepcopy(self.tokenizers),
-            self.scheduler,
+            copy.deepcopy(self.scheduler),
             self.pipeline_class,
             self.zero_negative,
         )

@@ -6,7 +6,7 @@ invertible M of the head's width gives an equal network:
     W_q ← M⁻ᵀ W_q,  W_k ← M W_k   and   W_v ← M W_v,  W_o ← W_o M⁻¹.
 
 Training does depend on M. Linear layers without bias only, as in every U-Net of diffusers.
-`reparametrize` takes diagonal M of powers of two: exact in every floating-point format.
+`reparametrize` takes diagonal M of powers of two: exact in float32 and bfloat16.
 """
 
 from __future__ import annotations

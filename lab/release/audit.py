@@ -60,9 +60,11 @@ def audit(cfg: DictConfig) -> None:
     path = run_once(prepared, Path(hydra.runtime.output_dir))
     if path is None:
         return
-    unet = state_hash(parts.backbone.build(None, 0).unet.state_dict())
+    built = parts.backbone.build(None, 0)
+    networks = {"unet": built.unet, "vae": built.vae, "text_encoders": built.text_encoders}
+    hashes = {f"{name}_sha256": state_hash(net.state_dict()) for name, net in networks.items()}
     command = shlex.join(["python", "run.py", *hydra.overrides.task])
-    verdict = summarize(records.read(path), unet, command, warnings)
+    verdict = summarize(records.read(path), hashes, command, warnings)
     out = path.with_name("verdict.json")
     write_atomically(out, (json.dumps(verdict, indent=1) + "\n").encode())
     print(f"verdict: {verdict['verdict']}, {relative(out)}")
@@ -161,14 +163,14 @@ def find_other_targets(cfg: DictConfig, parts: Parts) -> list[str]:
 
 
 def summarize(
-    record: Record, unet: str, command: str, warnings: Sequence[str] = ()
+    record: Record, hashes: dict[str, str], command: str, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return the verdict of a record as ``verdict.json`` has it: docs/guides/audit_a_checkpoint.md.
 
     The strongest attack's interval is that of ``audit_steps_worst``, as report and card have it.
 
     Args:
-        unet: SHA-256 of what was attacked, as in ``export.json``.
+        hashes: NAME_sha256 of what was attacked; that of the U-Net is as in ``export.json``.
         warnings: come first among the limits.
     """
     tables, config, verdict = record["tables"], record["config"], record["metrics"]["verdict"]
@@ -185,7 +187,7 @@ def summarize(
         "schema": SCHEMA_VERSION,
         "verdict": WORDS[verdict["value"]],
         "headline": verdict["note"],
-        "checkpoint": {"path": config["backbone"]["path"], "unet_sha256": unet},
+        "checkpoint": {"path": config["backbone"]["path"], **hashes},
         "steps": config["budget"]["horizon"] * config["budget"]["multiple"],
         "unit": config["budget"]["unit"],  # of steps
         "attacks": record["attacks"],

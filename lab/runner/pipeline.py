@@ -177,9 +177,8 @@ class Pipeline:
             error: dict[str, Any] | None = None
             changed: dict[str, Tensor] = {}
             try:
-                after = part.obj(
-                    model, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
-                )
+                visible = case.for_immunizer()
+                after = part.obj(model, visible, seed=seed, checkpoint=checkpoint, log=log)
             except Diverged as stopped:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
@@ -212,14 +211,18 @@ class Pipeline:
         """Return the tensors that an immunizer changed.
 
         Raises:
-            UserError: it changed nothing, or the names and shapes of parameters.
+            UserError: it changed nothing, the names and shapes of parameters, or one that an
+                immunizer may not change.
         """
-        method = self.parts.model_names[model_name].obj.name
-        check_immunized(after, before.state_dict(), method)
+        method = self.parts.model_names[model_name].obj
+        check_immunized(after, before.state_dict(), method.name)
         changed = changed_tensors(before, after)
         if not changed and model_name != BASELINE:
             fix = f"left every weight of case {case.name} as it was; nothing would be compared."
-            raise UserError("immunize", method, fix)
+            raise UserError("immunize", method.name, fix)
+        if refused := [name for name in changed if not method.may_change(name)]:
+            fix = f"changed {refused[0]}: an attacker puts back the published autoencoder."
+            raise UserError("immunize", method.name, fix)
         return changed
 
     def attack_stage(

@@ -29,7 +29,7 @@ from lab.core.record import scores_json
 from lab.core.types import BASELINE
 
 NAMES = ("mosaic", "neon", "sketch")
-FAST, SLOW, NEVER = shares(0, 2, 8, 10, 10), shares(0, 0, 0, 6, 10), shares(0, 0, 1, 2, 3)
+FAST, SLOW, NEVER = shares(0, 2, 8, 10, 10), shares(0, 0, 0, 6, 10), shares(0, 0, 0, 1, 1)
 AT = 10 + 10 * 4 / 6  # FAST reaches 60 % between 20 % at step 10 and 80 % at step 20
 
 
@@ -88,9 +88,21 @@ DIVERGES = shares(0, 0, 3, status="diverged")
         (
             {"mosaic": (shares(9, 9, 9, 9, 9), FAST), "neon": (NEVER, NEVER)},
             None,
-            "1 of 2 .*images that show mosaic before any attack: 90% .required < 60%",
+            "1 of 2 .*images that show mosaic before any attack: 90% .required < 30%",
         ),
-        ({n: (NEVER, NEVER) for n in NAMES}, None, "an attack taught the checkpoint: 0 "),
+        ({n: (NEVER, NEVER) for n in NAMES}, None, "taught the checkpoint a concept: 0 "),
+        # every second image shows it at the end: of ten images that may be 60 %
+        (
+            {"mosaic": (shares(0, 0, 1, 3, 5), NEVER), "neon": (NEVER, NEVER)},
+            None,
+            "largest share under an attack: 50%, interval up to 80% .required < 60%",
+        ),
+        # one image more than before the attack is no lesson
+        (
+            {n: (NEVER, NEVER) for n in NAMES[:2]} | {"sketch": (shares(5, 5, 5, 6, 6), NEVER)},
+            None,
+            "taught the checkpoint a concept: 0 ",
+        ),
         # textual inversion teaches nothing, so that its failure proves nothing
         (
             {"mosaic": (DIVERGES, NEVER), "neon": (NEVER, NEVER), "sketch": (FAST, NEVER)},
@@ -198,7 +210,8 @@ class Knows(Detector):
 def test_auto_takes_the_scorers_where_they_know_the_concepts():
     scorers = FakeScorers(detector=Knows({n: RATES for n in NAMES}))
     known = FakeRun(lambda *_: FAST, model_names=(BASELINE,), seeds=(0,))
-    unknown = replace(known, case_list=(two_colours(),))
+    blue = {BASELINE: Painter(lambda *_: (0, 0, 200))}
+    unknown = replace(known, case_list=(two_colours(),), models=blue)
     for one, chosen, name in (
         (known, "auto", "scorers"),
         (unknown, "auto", "reference"),

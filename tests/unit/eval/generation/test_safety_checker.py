@@ -32,6 +32,20 @@ def test_images_that_look_like_the_concept_are_hidden():
     assert result["asr_checked"].value == result["asr_checked_2x"].value == 0.5
 
 
+def test_an_attack_that_broke_on_the_immunized_model_counts_as_on_the_baseline():
+    """It shows nothing, and what it shows is hidden; the baseline's images are not."""
+    unrelated = CaptionedImages(colours(*[(0, 200, 0)] * 8), ("green",) * 8)
+    it = dataclasses.replace(case(), unrelated=unrelated)
+
+    def trajectory(model, attack_name, concept, seed):
+        if model == BASELINE:
+            return attack([[tilted(0, True)] * 2] * 5)
+        return attack([[tilted(0.5, False)] * 2], "diverged")
+
+    result = SafetyChecker(scorers=FakeScorers())(FakeRun(trajectory, case_list=(it,))).metrics
+    assert result["asr_checked_2x"].value == result["asr_checked_2x_baseline"].value == 1
+
+
 def test_the_checker_needs_unrelated_images():
     none = CaptionedImages(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ())
     with pytest.raises(UserError, match="fewer than two unrelated images"):

@@ -12,6 +12,7 @@ from eval.report.leaderboard import (
     leaderboard,
     least_share,
     shares,
+    table,
     to_csv,
     to_markdown,
     to_text,
@@ -122,6 +123,14 @@ def test_only_the_same_attacks_budget_and_cases_compete() -> None:
     }
     assert len({r.title for r in rows}) == 4
     assert "two attacks, 200 of 1000 steps" in rows[2].title + rows[3].title
+
+
+def test_a_row_with_other_settings_than_most_says_so() -> None:
+    rows = [attacked(name, 1.4, 1.0, 5.0) for name in ("one", "two", "three")]
+    assert "other settings" not in table(leaderboard(rows))
+    weak = {"attacks": {"linear_probe": {"lr": 1e-9}}}
+    rows[2] = sealed(rows[2] | {"config": rows[2]["config"] | weak})
+    assert table(leaderboard(rows))["other settings"].tolist() == ["–", "–", "lr=1e-09"]
 
 
 def test_a_run_that_failed_stands_where_it_was_asked_to() -> None:

@@ -1,5 +1,6 @@
 """What determines a stage is in its key; what compares nothing is refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -109,7 +110,7 @@ def test_how_images_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_a
     assert one.eval_stage("utility").key != other.eval_stage("utility").key
 
 
-def test_immunizers_do_not_see_how_images_are_generated(pipeline):
+def test_immunizers_see_nothing_of_attacks_and_metrics(pipeline):
     seen = []
 
     def immunize(model, case, **_):
@@ -122,7 +123,25 @@ def test_immunizers_do_not_see_how_images_are_generated(pipeline):
     found = immunized_by(pipeline(*fixed, scenario=TinyConcepts(steps=3)), immunize)
     with pytest.raises(UserError, match="left every weight"):
         stage_of(found, "immunized").compute(None)
-    assert seen == [replace(found.data(0).cases[0], sampling=Sampling())]
+    (case,), whole = seen, found.data(0).cases[0]
+    hidden = [*(t.train for t in case.targets), *(t.reference for t in case.targets)]
+    assert [len(images) for images in (*hidden, case.unrelated)] == [0] * (len(hidden) + 1)
+    assert (case.others, case.sampling) == ((), Sampling())
+    assert [t.own for t in case.targets] == [t.own for t in whole.targets]
+    assert min(len(whole.others), len(whole.unrelated), len(whole.targets[0].train)) > 0
+
+
+def test_an_autoencoder_is_no_protection(pipeline):
+    def immunize(model, case, **_):
+        after = clone(model)
+        after.vae = copy.deepcopy(after.vae)
+        next(after.vae.parameters()).data.add_(1)
+        return after
+
+    fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
+    found = immunized_by(pipeline(*fixed, scenario=TinyConcepts(steps=3)), immunize)
+    with pytest.raises(UserError, match=r"changed vae\..*puts back the published autoencoder"):
+        stage_of(found, "immunized").compute(None)
 
 
 @pytest.mark.parametrize(
