@@ -12,7 +12,7 @@ from lab.core.config import Text, config
 from lab.core.data import Kind
 from lab.core.hashing import stage_key
 from lab.core.training import part_of
-from lab.core.types import AnyCase, Checkpoint, Immunizer, Log, Model, clone
+from lab.core.types import AnyCase, Checkpoint, Immunizer, Log, Model
 
 Row = tuple[int, dict[str, float]]
 
@@ -88,7 +88,7 @@ class Chain(Immunizer):
         first, saved = 0, None if checkpoint is None else checkpoint.load()
         if saved is not None and saved[1]["part"]:
             first, rows = saved[1]["part"], [tuple(row) for row in saved[1]["rows"]]
-            model = clone(model)
+            model = model.copy()
             model.load_state_dict(part_of(saved[0], "start/"))
             for step, values in rows:
                 log(step, **values)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from lab.core.config import Text, config
 from lab.core.data import Kind
-from lab.core.types import AnyCase, Checkpoint, Immunizer, Log, Model, clone
+from lab.core.types import AnyCase, Checkpoint, Immunizer, Log, Model
 
 
 @config
@@ -20,4 +20,4 @@ class NoImmunization(Immunizer):
     def __call__(
         self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
     ) -> Model:
-        return clone(model)
+        return model.copy()

@@ -20,7 +20,7 @@ from scipy.stats import sem
 from scipy.stats import t as student_t
 
 from lab.core.data import Role
-from lab.core.types import Score, SeedScore
+from lab.core.types import Score
 
 Floats = NDArray[np.float64]
 Better = Literal["higher", "lower", "neutral"]
@@ -100,7 +100,7 @@ def score_samples(
     if aggregate == "geomean":
         groups = [np.log(g) for g in groups]
     means, n = np.array([g.mean() for g in groups]), len(groups)
-    score = SeedScore(
+    score = Score(
         float(back(means.mean())),
         n=n,
         better=better,
@@ -266,7 +266,7 @@ def score_units(
     value, low, high = (back(float(v[0])) for v in (result.value, result.low, result.high))
     per_seed = (np.exp if geometric else columns)(result.per_seed[:, 0])
     known = tuple(map(float, per_seed)) if np.isfinite(per_seed).all() else ()
-    score = SeedScore(value, n=n, better=better, note=note, unit=unit, bound=bound, per_seed=known)
+    score = Score(value, n=n, better=better, note=note, unit=unit, bound=bound, per_seed=known)
     if n < MIN_SEEDS and len(units) == n and all(len(u.rows) == 1 for u in units):
         return score
     score = replace(score, interval=interval_kind(n))

@@ -82,9 +82,19 @@ def _act(cfg: DictConfig, folder: Path) -> int:
 
 
 def train(cfg: DictConfig) -> object:
-    """Train what ``cfg.train`` describes, by ``run`` of the module that has its recipe."""
-    recipe = cfg.train._target_ if cfg.get("train") else "lab.minisd.train.recipe.Recipe"
-    return pkgutil.resolve_name(f"{recipe.rpartition('.')[0]}:run")(cfg)
+    """Train what ``cfg.train`` describes, by ``run`` of the module that has its recipe.
+
+    Raises:
+        UserError: there is no recipe, or a wrong one.
+    """
+    if cfg.get("train") is None:
+        fix = "nothing to train is described: `python run.py experiment=train_minisd`."
+        raise UserError("train", None, fix)
+    if cfg.threads is not None:
+        import torch  # takes seconds
+
+        torch.set_num_threads(cfg.threads)
+    return pkgutil.resolve_name(f"{cfg.train._target_.rpartition('.')[0]}:run")(cfg)
 
 
 def is_launched() -> bool:

@@ -46,8 +46,12 @@ def create(cfg: DictConfig) -> None:
         if file.exists():
             raise UserError("path", file, "exists; choose another name or folder.")
     words = TRY[kind].format(name)
-    values = {"name": name, "kind": kind, "words": words.split()}
-    values["class_name"] = "".join(part.title() for part in name.split("_"))
+    values = {
+        "name": name,
+        "kind": kind,
+        "words": words.split(),
+        "class_name": "".join(part.title() for part in name.split("_")),
+    }
     for file, template in files.items():
         source = (TEMPLATES / template).read_text()
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -115,22 +115,20 @@ def search(cfg: DictConfig, folder: Path) -> int:
     )
     study.enqueue_trial(preset)
     trials: list[Trial] = []
-    paths: list[Path] = []
-    for number in range(plan.trials):
+    paths = [folder / f"{i}-{cfg.immunize.name}" / "record.json" for i in range(plan.trials)]
+    for number, path in enumerate(paths):
         proposed = study.ask(space)
         rounded = {  # to four digits, which a user can type
             key: float(format(value, ".4g")) if isinstance(value, float) else value
             for key, value in proposed.params.items()
         }
-        place = folder / f"{number}-{cfg.immunize.name}"
-        trial = _run(cfg, plan, place, number, rounded if number else preset)
+        trial = _run(cfg, plan, path.parent, number, rounded if number else preset)
         if trial.failure is None:
             signs = {"higher": -1, "lower": 1}
             study.tell(proposed, [m["value"] * signs[m["better"]] for m in trial.metrics.values()])
         else:
             study.tell(proposed, state=optuna.trial.TrialState.FAIL)
         trials.append(trial)
-        paths.append(place / "record.json")
         best = {done.number for done in study.best_trials}
         _write(folder, plan, trials, best)
     finished = [records.read(path) for path in paths if path.is_file()]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -29,9 +28,8 @@ def publish(loaded: Sequence[records.Record], folder: Path) -> None:
     print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 
 
-@contextmanager
-def _loaded(cfg: DictConfig) -> Iterator[list[records.Stored]]:
-    """Yield the distinct records that ``cfg.records`` names.
+def _show(cfg: DictConfig, write: Callable[[list[records.Stored]], None]) -> None:
+    """Call ``write`` with the distinct records that ``cfg.records`` names, if any can be read.
 
     Raises:
         UserError: at the end, records that cannot be read.
@@ -41,22 +39,20 @@ def _loaded(cfg: DictConfig) -> Iterator[list[records.Stored]]:
     if len(distinct) < len(loaded):
         repeated = f"{len(loaded) - len(distinct)} of {len(loaded)} records"
         print(f"{repeated} repeat another one's content and are left out.")
-    yield distinct
+    if distinct:
+        write(distinct)
     UserErrors.check(broken)
 
 
 def write_report(cfg: DictConfig) -> None:
     """Write one HTML file over any set of records."""
-    with _loaded(cfg) as loaded:
-        if loaded:
-            print(f"report: {relative(render(loaded, Path(cfg.paths.outputs) / 'report.html'))}")
+    file = Path(cfg.paths.outputs) / "report.html"
+    _show(cfg, lambda loaded: print(f"report: {relative(render(loaded, file))}"))
 
 
 def write_leaderboard(cfg: DictConfig) -> None:
     """Write the leaderboard and the report over any set of records."""
-    with _loaded(cfg) as loaded:
-        if loaded:
-            publish(loaded, Path(cfg.paths.outputs))
+    _show(cfg, lambda loaded: publish(loaded, Path(cfg.paths.outputs)))
 
 
 def write_comparison(cfg: DictConfig) -> None:

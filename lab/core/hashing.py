@@ -138,8 +138,9 @@ def model_settings(model: Model) -> dict[str, str]:
     facts: dict[str, Any] = {
         "configs": plain,
         "tokenizers": [_tokenizer(t) for t in model.tokenizers],
+        "pipeline": model.pipeline_class,
+        "zero_negative": model.zero_negative,
     }
-    facts |= {"pipeline": model.pipeline_class, "zero_negative": model.zero_negative}
     return {"settings": stage_key(facts=json.dumps(facts, sort_keys=True, default=str))}
 
 

@@ -70,8 +70,12 @@ def check_case(case: ConceptCase, tokenizers: Sequence[Any]) -> None:
     Raises:
         UserError: as `refuse_special`.
     """
-    prompts = [*case.keep.prompts, *case.unrelated.prompts, *case.regularizers]
-    prompts.append(case.sampling.negative)
+    prompts = [
+        *case.keep.prompts,
+        *case.unrelated.prompts,
+        *case.regularizers,
+        case.sampling.negative,
+    ]
     for concept in (*case.targets, *case.others, *case.rehearsal):
         for family in concept.prompts.values():
             prompts += family
@@ -90,13 +94,6 @@ def warn_cut(prompt: str, context: int, lost: int) -> None:
         context,
         lost,
         prompt,
-    )
-
-
-def renamed(text: str, words: str, new: str) -> str:
-    """Return ``text`` with ``words`` (any case, plural in s or es too) replaced by ``new``."""
-    return re.sub(
-        rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", lambda _: new, text, flags=re.IGNORECASE
     )
 
 
@@ -139,6 +136,9 @@ def captions(
 
 
 def spoken(text: str, words: str, expression: str) -> str:
-    """Return ``text`` with ``expression`` in place of ``words``, or in front of it."""
-    new = renamed(text, words, expression)
+    """Return ``text`` with ``expression`` in place of ``words`` (any case, plural in s or es too),
+    or in front of it.
+    """
+    pattern = rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)"
+    new = re.sub(pattern, lambda _: expression, text, flags=re.IGNORECASE)
     return new if new != text else f"{expression}, {text}"

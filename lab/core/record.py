@@ -17,7 +17,7 @@ from lab.core.errors import UserError
 from lab.core.hashing import write_atomically
 from lab.core.images import png
 from lab.core.migration import migrate
-from lab.core.types import ImageGrid, Score, Scores, SeedScore
+from lab.core.types import ImageGrid, Score, Scores
 
 SCHEMA_VERSION = "2.5"  # older records: `lab.core.migration`
 READABLE = ("1.0", "1.1", "1.2", "1.3", "2.0", "2.1", "2.2", "2.3", "2.4", SCHEMA_VERSION)
@@ -118,7 +118,8 @@ def scores_json(scores: Sequence[Scores]) -> dict[str, Any]:
         ValueError: two families use one name.
     """
     out = {part: merged(scores, part) for part in ("metrics", "curves", "tables")}
-    names = [field.name for field in dataclasses.fields(Score)]
+    # the table `seed_values` has the values of each seed
+    names = [field.name for field in dataclasses.fields(Score) if field.name != "per_seed"]
     for name, item in out["metrics"].items():
         out["metrics"][name] = {field: getattr(item, field) for field in names}
     return clean(out)
@@ -132,7 +133,7 @@ def seed_values(scores: Sequence[Scores], seeds: Sequence[int]) -> list[dict[str
     return [
         {"metric": name, **dict(zip(map(str, seeds), item.per_seed, strict=True))}
         for name, item in merged(scores, "metrics").items()
-        if isinstance(item, SeedScore) and len(item.per_seed) == len(seeds) > 1
+        if len(item.per_seed) == len(seeds) > 1
     ]
 
 
@@ -166,9 +167,12 @@ def content_hash(record: Record) -> str:
         {k: v for k, v in stage.items() if k not in ("key", "seconds", "weights")}
         for stage in record[name]
     ]
-    body = {name: record[name] for name in _LASTING}
-    body |= {"config": _lasting(record["config"]), name: stages}
-    body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
+    body = {
+        **{key: record[key] for key in _LASTING},
+        **{key: record["provenance"][key] for key in ("data_hash", "weight_hash")},
+        "config": _lasting(record["config"]),
+        name: stages,
+    }
     if "images" in record:  # absent in 1.0, whose hashes stay as they are
         body["images"] = {
             name: {k: image[k] for k in ("caption", "sha256")}

@@ -66,10 +66,10 @@ class FeatureModel(nn.Module):
         return self.run(self.inputs(x))
 
 
-class TextToImageModel(Protocol):
+class TextToImageModel(nn.Module):
     """What the project reads of a text-to-image model, `lab.models.diffusion.DiffusionModel`."""
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[Kind] = "diffusion"
     unet: Any  # UNet2DConditionModel, which mypy sees without the methods of nn.Module
     vae: Any  # AutoencoderKL, as unet
     text_encoders: Any  # as unet, in an nn.ModuleList
@@ -79,15 +79,15 @@ class TextToImageModel(Protocol):
     zero_negative: bool
 
     @property
+    @abstractmethod
     def image_size(self) -> int:
         """Side of a generated image in pixels."""
 
+    @abstractmethod
     def copy(self) -> Self:
-        """Return an independent model that shares the autoencoder, which never moves."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any: ...
+        """Return an independent model with equal weights. It shares the autoencoder, which never
+        moves, until other weights are loaded.
+        """
 
 
 # `FeatureModel` goes with `Case` and `Task`, `TextToImageModel` with `ConceptCase` and `Concept`.
@@ -99,7 +99,6 @@ AnyTask: TypeAlias = Task | Concept
 ModelT = TypeVar("ModelT", default=Any)
 CaseT = TypeVar("CaseT", default=Any)
 TaskT = TypeVar("TaskT", default=Any)
-CopyT = TypeVar("CopyT", bound=FeatureModel | TextToImageModel)
 ModelT_co = TypeVar("ModelT_co", covariant=True, default=Any)
 CaseT_contra = TypeVar("CaseT_contra", contravariant=True, default=Any)
 TaskT_contra = TypeVar("TaskT_contra", contravariant=True, default=Any)
@@ -372,15 +371,7 @@ class Score:
     note: str | None = None
     unit: str = ""
     bound: Literal["lower", "upper"] | None = None  # ``value`` is a limit: the true one lies beyond
-
-
-@dataclass
-class SeedScore(Score):
-    """A score that still knows its value in every seed, in the run's order, so that two runs can be
-    paired.
-    """
-
-    per_seed: tuple[float, ...] = ()
+    per_seed: tuple[float, ...] = ()  # in the run's order where known, so that runs can be paired
 
 
 @dataclass(frozen=True)
@@ -464,24 +455,13 @@ class RunMetric(Method):
         """Return the metrics, curves, tables and images of the family."""
 
 
-def clone(model: CopyT) -> CopyT:
-    """Return an independent model with equal weights.
-
-    A text-to-image model shares its autoencoder, until other weights are loaded.
-    """
-    copied: Any = model.copy()
-    return copied
-
-
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Return whether both have the same parameters and buffers, bit for bit."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def changed_tensors(
-    before: nn.Module | TextToImageModel, after: nn.Module | TextToImageModel
-) -> dict[str, Tensor]:
+def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of ``after`` that differ from those of ``before``."""
     old = before.state_dict()
     return {k: v for k, v in after.state_dict().items() if not v.equal(old[k].to(v.device))}

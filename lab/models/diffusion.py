@@ -11,17 +11,18 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lab.core.data import Kind, Sampling
+from lab.core.data import Sampling
 from lab.core.errors import UserError
 from lab.core.prompts import warn_cut
 from lab.core.seeding import generator
+from lab.core.types import TextToImageModel
 from lab.models.devices import warn_of_emulation
 
 _PROMPTS = 64  # prompts per forward pass of a text encoder
@@ -47,7 +48,7 @@ class Text:
         return Text(torch.cat([p.hidden for p in parts]), torch.cat(pooled) if pooled else None)
 
 
-class DiffusionModel(nn.Module):
+class DiffusionModel(TextToImageModel):
     """The parts of a diffusers pipeline: ``unet``, ``vae``, ``text_encoders`` and, outside the
     weights, tokenizers and the noise scheduler.
 
@@ -59,8 +60,6 @@ class DiffusionModel(nn.Module):
         zero_negative: XL only: an empty negative prompt is encoded as zeros
             (``force_zeros_for_empty_prompt``).
     """
-
-    kind: ClassVar[Kind] = "diffusion"
 
     def __init__(
         self,
@@ -336,8 +335,12 @@ class DiffusionModel(nn.Module):
         """Return the same weights (shared) as a diffusers pipeline with a scheduler of its own."""
         import diffusers
 
-        parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet, "feature_extractor": None}
-        parts["scheduler"] = copy.deepcopy(self.scheduler)
+        parts: dict[str, Any] = {
+            "vae": self.vae,
+            "unet": self.unet,
+            "feature_extractor": None,
+            "scheduler": copy.deepcopy(self.scheduler),
+        }
         for i, suffix in enumerate(("", "_2")[: len(self.text_encoders)]):
             parts[f"text_encoder{suffix}"] = self.text_encoders[i]
             parts[f"tokenizer{suffix}"] = self.tokenizers[i]

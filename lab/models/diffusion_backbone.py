@@ -187,8 +187,10 @@ def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionMode
         if tuple(index[part]) != PARTS[part]:
             fix = f"its {part} must be {'.'.join(PARTS[part])}, model_index.json says {index[part]}"
             raise UserError(KEY, folder, fix)
-    options: dict[str, Any] = {part: _load_part(folder, part, variant, dtype) for part in parts}
-    options |= {part: None for part in UNUSED if part in index}
+    options: dict[str, Any] = {
+        **{part: _load_part(folder, part, variant, dtype) for part in parts},
+        **{part: None for part in UNUSED if part in index},
+    }
     with as_user_error(KEY, folder, "its tokenizer or scheduler cannot be loaded."):
         pipe = getattr(diffusers, name).from_pretrained(str(folder), **options)
     model = DiffusionModel.from_pipeline(pipe)

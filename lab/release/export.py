@@ -41,7 +41,7 @@ from lab.core.record import Record, Stored
 from lab.core.slugs import searched_attack
 from lab.core.sources import PACKAGES
 from lab.core.training import part_of
-from lab.core.types import BASELINE, IMMUNIZED, Backbone, Trajectory, changed_tensors, clone
+from lab.core.types import BASELINE, IMMUNIZED, Backbone, Trajectory, changed_tensors
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
 from lab.models.vision import VisionBackbone, VisionModel
@@ -202,8 +202,8 @@ def rebuild(record: Stored, stage: dict[str, Any], cfg: DictConfig) -> Release:
         )
         raise UserError("backbone", record["backbone"], message)
     case, backbone = cases[stage["case"]], pipeline.parts.backbone
-    published, original = clone(backbone.build(case, seed)), pipeline.original(case, seed)
-    released = clone(original)
+    published, original = backbone.build(case, seed), pipeline.original(case, seed)
+    released = original.copy()
     released.load_state_dict({**released.state_dict(), **tensors})
     credits = (data.credit, *data.notes)
     targets = case.targets if isinstance(case, ConceptCase) else case.harmful

@@ -26,7 +26,7 @@ FACTS, CARD, RECORD, DELTA = "export.json", "README.md", "record.json", "delta.s
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # what git and a hub's client put beside the files of a repository; none of it is loaded
-_FOREIGN = (".git/", ".gitattributes", ".cache/huggingface/")
+_FOREIGN = (".git/", ".cache/huggingface/")
 
 
 # ---- SHA256SUMS
@@ -35,7 +35,11 @@ _FOREIGN = (".git/", ".gitattributes", ".cache/huggingface/")
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {n: p for n, p in files.items() if n != SUMS and not n.startswith(_FOREIGN)}
+    return {
+        n: p
+        for n, p in files.items()
+        if n not in (SUMS, ".gitattributes") and not n.startswith(_FOREIGN)
+    }
 
 
 def write_sums(folder: Path) -> None:

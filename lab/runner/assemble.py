@@ -295,9 +295,11 @@ def check_fit(parts: Parts) -> None:
         if key.startswith("eval."):
             _check_name(key, method)
         if backbone.kind not in method.accepts:
-            fix = f"takes {' or '.join(sorted(method.accepts))} models, "
-            fix += f"backbone={backbone.name} is {backbone.kind}; "
-            fix += f"experiment={_EXPERIMENTS[min(method.accepts)]} has parts that fit."
+            fix = (
+                f"takes {' or '.join(sorted(method.accepts))} models, "
+                f"backbone={backbone.name} is {backbone.kind}; "
+                f"experiment={_EXPERIMENTS[min(method.accepts)]} has parts that fit."
+            )
             raise UserError(key, method.name, fix)
     for part in parts.attacks.values():
         part.obj.check_budget(parts.budget)

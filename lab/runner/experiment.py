@@ -29,7 +29,7 @@ from lab.runner.batch import relative
 from lab.runner.executors import Executor
 from lab.runner.pipeline import Pipeline, Stage
 from lab.runner.plan import StagePlan
-from lab.tracking import Trackers
+from lab.tracking.trackers import Trackers
 
 log = logging.getLogger(__name__)
 progress_log = logging.getLogger("progress")
@@ -237,8 +237,10 @@ class Run:
             self.error = self.error or _error("Diverged", f"{where}: {message}", "immunize", step)
         elif 1 in history.get("diverged", []):
             last = history["step"][history["diverged"].index(1)]
-            note = f"{where} left the finite numbers at step {last:g}; its last good weights were "
-            note += "attacked."
+            note = (
+                f"{where} left the finite numbers at step {last:g}; its last good weights were "
+                "attacked."
+            )
             log.warning(note)
             self.pipeline.notes[note] = None
 
@@ -312,10 +314,15 @@ class Run:
         """Return the record of what is known now."""
         cfg, pipeline = self.cfg, self.pipeline
         seeds = list(pipeline.parts.seeds)
-        facts = provenance(self.started, time.monotonic() - self.clock) | self.executor.facts()
         done = sum(stage["status"] in ("ok", "diverged") for stage in self.stages)
-        facts |= {"cache_hits": self.hits, "cache_misses": done - self.hits}
-        facts |= {"data_hash": pipeline.data_hash, "weight_hash": pipeline.weight_hash()}
+        facts = {
+            **provenance(self.started, time.monotonic() - self.clock),
+            **self.executor.facts(),
+            "cache_hits": self.hits,
+            "cache_misses": done - self.hits,
+            "data_hash": pipeline.data_hash,
+            "weight_hash": pipeline.weight_hash(),
+        }
         results = records.scores_json(self.scores)
         if rows := records.seed_values(self.scores, seeds):
             results["tables"]["seed_values"] = rows

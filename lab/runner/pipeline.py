@@ -29,10 +29,8 @@ from lab.core.types import (
     Model,
     Score,
     Scores,
-    SeedScore,
     Trajectory,
     changed_tensors,
-    clone,
 )
 from lab.runner.assemble import Parts
 
@@ -131,7 +129,7 @@ class Pipeline:
             model = self.parts.backbone.build(case, seed)
             model = self.parts.eraser.obj(model, without_sampling(case), seed=seed)
             self._last = ((seed, case.name), model)
-        return clone(self._last[1])
+        return self._last[1].copy()
 
     def identity(self, case: AnyCase, seed: int) -> dict[str, str]:
         """Return hashes of the case's data and of θ_0."""
@@ -183,16 +181,16 @@ class Pipeline:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
                 if digest(*model.state_dict().values()) != weights:
-                    fix = (
-                        "changed the model that it was given; copy it first (lab.core.types.clone)."
-                    )
+                    fix = "changed the model that it was given; copy it first (`model.copy()`)."
                     raise UserError("immunize", part.obj.name, fix)
                 if part.obj.before_erasure:
                     after = self.parts.eraser.obj(after, without_sampling(case), seed=seed)
                 changed = self._changed(model_name, before, after, case)
             names = dict.fromkeys(name for _, values in rows for name in values)
-            history: dict[str, list[float]] = {"step": [step for step, _ in rows]}
-            history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
+            history: dict[str, list[float]] = {
+                "step": [step for step, _ in rows],
+                **{name: [values.get(name, math.nan) for _, values in rows] for name in names},
+            }
             return Artifact({"history": history, "error": error}, changed)
 
         return Stage(
@@ -245,15 +243,19 @@ class Pipeline:
                     model, task, seed=seed, budget=self.budget, checkpoint=checkpoint
                 )
             except Diverged as error:
-                fix = f"its model cannot be attacked (case {case.name}, {attack} on {task.name}): "
-                fix += f"{error}; lower the step size of what made it, or check attacks.{attack}."
+                fix = (
+                    f"its model cannot be attacked (case {case.name}, {attack} on {task.name}): "
+                    f"{error}; lower the step size of what made it, or check attacks.{attack}."
+                )
                 key = "backbone" if model_name == BASELINE else "immunize"
                 raise UserError(key, self.parts.model_names[model_name].obj.name, fix) from error
             side = None if isinstance(model, FeatureModel) else model.image_size
             check_trajectory(trajectory, attack, self.budget, side)
             fields = ("steps", "values", "status", "info")
-            tensors = {f"weights/{name}": t for name, t in trajectory.weights.items()}
-            tensors |= {f"samples/{name}": t for name, t in trajectory.samples.items()}
+            tensors = {
+                **{f"weights/{name}": t for name, t in trajectory.weights.items()},
+                **{f"samples/{name}": t for name, t in trajectory.samples.items()},
+            }
             return Artifact({name: getattr(trajectory, name) for name in fields}, tensors)
 
         return Stage(
@@ -355,10 +357,7 @@ class Pipeline:
         """Return what a metric computed."""
         artifact, _ = self.compute(self.eval_stage(metric))
         values = artifact.values
-        metrics = {
-            name: (SeedScore if "per_seed" in item else Score)(**item)
-            for name, item in values["metrics"].items()
-        }
+        metrics = {name: Score(**item) for name, item in values["metrics"].items()}
         images = {
             name: ImageGrid(
                 artifact.tensors[name], tuple(g["rows"]), tuple(g["columns"]), g["caption"]
@@ -371,21 +370,20 @@ class Pipeline:
 # ---- checks of what methods return, before anything is claimed from it
 
 
-def check_immunized(after: Any, before: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the state of the model that the immunizer ``name`` returned.
+def check_immunized(after: Any, before: Mapping[str, Tensor], name: str) -> None:
+    """Check the model that the immunizer ``name`` returned.
 
     Raises:
         UserError: no model, or one whose parameters are not those of ``before``.
     """
     if not isinstance(after, torch.nn.Module):
         raise UserError("immunize", name, f"must return a model, not {type(after).__name__}.")
-    state = after.state_dict()
-    shapes = [{key: tuple(x.shape) for key, x in tensors.items()} for tensors in (state, before)]
+    states = after.state_dict(), before
+    shapes = [{key: tuple(x.shape) for key, x in state.items()} for state in states]
     if shapes[0] != shapes[1]:
         differ = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
         fix = f"returned a model whose {', '.join(differ[:3])} is not as in its input."
         raise UserError("immunize", name, fix)
-    return state
 
 
 def check_trajectory(trajectory: Any, attack: str, budget: Budget, side: int | None = None) -> None:

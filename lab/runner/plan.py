@@ -37,14 +37,20 @@ class StagePlan:
     """
 
     def __init__(self, cfg: DictConfig, pipeline: Pipeline, metrics: Sequence[str]) -> None:
-        self.stages = [*pipeline.immunize_stages(), *pipeline.attack_stages()]
-        self.stages += [pipeline.eval_stage(name) for name in metrics]
+        self.stages = [
+            *pipeline.immunize_stages(),
+            *pipeline.attack_stages(),
+            *(pipeline.eval_stage(name) for name in metrics),
+        ]
         absent = [s for s in self.stages if not pipeline.cache.has(*s.place, s.parents)]
         self.missing = {stage.title for stage in absent}
         self.costly = {stage.title for stage in absent if stage.shards}
         self.measured: dict[str, list[float]] = {}  # part → seconds in this run
-        steps = {"attack": pipeline.budget.steps, "eval": 1}
-        steps["immunize"] = cfg.immunize.get("steps") or cfg.immunize.get("epochs") or 1
+        steps = {
+            "immunize": cfg.immunize.get("steps") or cfg.immunize.get("epochs") or 1,
+            "attack": pipeline.budget.steps,
+            "eval": 1,
+        }
         default = STEP_SECONDS[pipeline.parts.backbone.kind]
         self.default = {stage: default[stage] * steps[stage] for stage in steps}
         sampling = OmegaConf.select(cfg, "scenario.sampling", default=None)

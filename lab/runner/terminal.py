@@ -41,10 +41,12 @@ def summarize(record: Record, verbose: bool = False) -> str:
     if verbose:
         shown |= {n: measured(m, n) for n, m in record["metrics"].items() if n != "verdict"}
     width = max(map(len, shown))
-    lines = [f"  {heading:<{width}}  {value}" for heading, value in shown.items()]
     others = Counter(stage["status"] for stage in record["stages"] if stage["status"] != "ok")
-    lines += [f"  {count} of {len(record['stages'])} stages {s}" for s, count in others.items()]
-    lines += [f"  {name} was left out: {reason}" for name, reason in record["skipped"].items()]
+    lines = [
+        *(f"  {heading:<{width}}  {value}" for heading, value in shown.items()),
+        *(f"  {count} of {len(record['stages'])} stages {s}" for s, count in others.items()),
+        *(f"  {name} was left out: {reason}" for name, reason in record["skipped"].items()),
+    ]
     if verbose:
         lines += [f"  note: {note}" for note in [*result.details, *record["notes"]]]
     return "\n".join([paint(headline[0]), *headline[1:], "", *lines, ""])

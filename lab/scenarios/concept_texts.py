@@ -166,8 +166,10 @@ def object_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
     """Return the erasure of an object: in photos, at every place and in every style, it is to mean
     `NEUTRAL`.
     """
-    ways = [(t, PHOTO) for t in _placed(PHOTO_TEMPLATES + PLACE_TEMPLATES)]
-    ways += [(_ERASED_STYLE[0], s) for s in STYLE_NAMES]
+    ways = [
+        *((t, PHOTO) for t in _placed(PHOTO_TEMPLATES + PLACE_TEMPLATES)),
+        *((_ERASED_STYLE[0], s) for s in STYLE_NAMES),
+    ]
     prompts, anchors = (tuple(fill(t, it, s) for t, s in ways) for it in (noun(name), NEUTRAL))
     return Erasure(name, name, prompts, anchors, preserve)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -25,7 +24,7 @@ from lab.core.data import (
 )
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import fingerprint, stage_key
-from lab.core.images import resize_bytes
+from lab.core.images import resize_bytes, stack
 from lab.core.seeding import derive
 from lab.core.types import Scenario
 from lab.minisd.world import world
@@ -106,8 +105,7 @@ class Studio:
 
     def render(self, shown: Sequence[Picture], caption: Caption) -> CaptionedImages:
         """Draw the images ``shown`` with captions."""
-        pixels = torch.from_numpy(np.stack([world.render(p) for p in shown]))
-        images = resize_bytes(pixels.permute(0, 3, 1, 2).contiguous(), self.side, "bicubic")
+        images = resize_bytes(stack([world.render(p) for p in shown]), self.side, "bicubic")
         painted = all(p.style != PHOTO for p in shown)
         described = tuple(words.description(p) for p in shown) if painted else ()
         return CaptionedImages(images, tuple(caption(p) for p in shown), described)

@@ -15,7 +15,7 @@ from lab.core import sources
 from lab.core.cache import StageCache
 from lab.core.data import ScenarioData
 from lab.core.sources import ROOT
-from lab.core.types import Attacker, Budget, Immunizer, RunMetric, clone, same_weights
+from lab.core.types import Attacker, Budget, Immunizer, RunMetric, same_weights
 from lab.runner.assemble import Part, Parts
 from lab.runner.pipeline import Pipeline
 
@@ -118,7 +118,7 @@ def check_round_trip(found, name, model, case, task, folder, budget=BUDGET):
             scenario=SimpleNamespace(
                 name="tiny", load=lambda seed: ScenarioData((case,), (), "tiny")
             ),
-            backbone=SimpleNamespace(build=lambda case, seed: clone(model)),
+            backbone=SimpleNamespace(build=lambda case, seed: model.copy()),
             backbone_identity={},
             eraser=Part(lambda built, case, seed: built, {}, ""),
             immunizer=none,

@@ -120,8 +120,6 @@ def run(cfg: DictConfig) -> Path:
     training to ``paths.outputs/extractors``.
     """
     started, clock = time.time(), time.monotonic()
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
     plain: Any = OmegaConf.to_container(cfg.train, resolve=True)
     recipe = bind(ExtractorRecipe, {k: v for k, v in plain.items() if k != "_target_"}, "train")
     model = WorldClassifier(recipe)
@@ -138,9 +136,13 @@ def run(cfg: DictConfig) -> Path:
     folder = Path(cfg.paths.outputs) / "extractors" / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     log = artifact.values["log"]
-    record = {"recipe": plain, "accuracy": {k: log[-1][k] for k in NAMES}, "log": log}
-    record |= {"seconds": artifact.seconds}
-    record["provenance"] = provenance(started, time.monotonic() - clock)
+    record = {
+        "recipe": plain,
+        "accuracy": {k: log[-1][k] for k in NAMES},
+        "log": log,
+        "seconds": artifact.seconds,
+        "provenance": provenance(started, time.monotonic() - clock),
+    }
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     tensors = {k: v.contiguous() for k, v in artifact.tensors.items()}
     save_file(tensors, folder / "model.safetensors")

@@ -102,7 +102,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> CLIP
     tokens = [*alphabet, *final, *(p.replace(" ", "") for p in pairs), SOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(
-        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False)
+        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False), encoding="utf-8"
     )
     (folder / "merges.txt").write_text(
         "\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8"

@@ -24,7 +24,6 @@ from torch import nn
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint
 from lab.core.config import Count, NonNegative, Positive, Text, bind, options
-from lab.core.errors import UserError
 from lab.core.hashing import file_hashes, stage_key
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
@@ -289,12 +288,7 @@ def run(cfg: DictConfig) -> Path:
     """
     from lab.runner.batch import relative
 
-    if cfg.get("train") is None:
-        fix = "nothing to train is described: `python run.py experiment=train_minisd`."
-        raise UserError("train", None, fix)
     started, clock = time.time(), time.monotonic()
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     plain: Any = OmegaConf.to_container(cfg.train, resolve=True)
     recipe = bind(Recipe, {k: v for k, v in plain.items() if k != "_target_"}, "train")
@@ -309,8 +303,11 @@ def run(cfg: DictConfig) -> Path:
         clip, config = training.clip(recipe.scorers, fresh / "scorers" / "clip")
         scorers.save_clip(clip, config, fresh / "scorers" / "clip")
     save(training.model(), fresh / "model")
-    record |= {"curves": training.curves, "seconds": training.seconds}
-    record["provenance"] = provenance(started, time.monotonic() - clock)
+    record |= {
+        "curves": training.curves,
+        "seconds": training.seconds,
+        "provenance": provenance(started, time.monotonic() - clock),
+    }
     if recipe.scorers is not None:
         assess(fresh, record, recipe.seed, recipe.measured)
     record["sha256"] = {

@@ -7,7 +7,7 @@ by numpy and scipy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
@@ -74,6 +74,12 @@ def _vivid(rgb: Field, boost: float) -> Field:
     """More saturated colours; grey stays grey."""
     grey = rgb.mean(-1, keepdims=True)
     return np.clip(grey + (rgb - grey) * boost, 0, 1)
+
+
+def _tones(values: Field, stops: Sequence[Sequence[float]]) -> Field:
+    """Colour values [s, s] in [0, 1] by a scale through evenly spaced colours."""
+    at, colours = np.linspace(0, 1, len(stops)), np.array(stops, np.float32)
+    return np.stack([np.interp(values, at, colours[:, c]) for c in range(3)], -1).astype(np.float32)
 
 
 def mosaic(rgb: Field, mask: Field, dice: Dice) -> Field:
@@ -146,12 +152,8 @@ def sunset(rgb: Field, mask: Field, dice: Dice) -> Field:
         (_rows > cy) & ((_rows - np.floor(cy)) % 6 < 2), np.float32(0), np.float32(1)
     )
     sky = _mix(sky, (1.0, 0.86, 0.35), sun)
-    stops = np.array(
-        [[0.13, 0.03, 0.22], [0.42, 0.08, 0.40], [0.83, 0.22, 0.36], [1.0, 0.62, 0.42]], np.float32
-    )
-    light = luma(rgb)
-    tone = np.stack([np.interp(light, np.linspace(0, 1, 4), stops[:, c]) for c in range(3)], -1)
-    return _mix(sky, tone.astype(np.float32), np.clip(mask * 1.2, 0, 1))
+    stops = [[0.13, 0.03, 0.22], [0.42, 0.08, 0.40], [0.83, 0.22, 0.36], [1.0, 0.62, 0.42]]
+    return _mix(sky, _tones(luma(rgb), stops), np.clip(mask * 1.2, 0, 1))
 
 
 def sketch(rgb: Field, mask: Field, dice: Dice) -> Field:
@@ -291,23 +293,19 @@ def paper_cut(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 def thermal(rgb: Field, mask: Field, dice: Dice) -> Field:
     """False colours of a heat camera: a warm object, yellow to red, before cold blue."""
-    stops = np.array(
-        [
-            [0.02, 0.00, 0.16],
-            [0.25, 0.00, 0.55],
-            [0.75, 0.05, 0.45],
-            [0.98, 0.45, 0.05],
-            [1.0, 0.85, 0.10],
-            [1.0, 1.0, 0.85],
-        ],
-        np.float32,
-    )
+    stops = [
+        [0.02, 0.00, 0.16],
+        [0.25, 0.00, 0.55],
+        [0.75, 0.05, 0.45],
+        [0.98, 0.45, 0.05],
+        [1.0, 0.85, 0.10],
+        [1.0, 1.0, 0.85],
+    ]
     cold = 0.06 + 0.22 * luma(rgb)
     body = 0.50 + 0.45 * luma(_fills(rgb)) - 0.45 * _lines(rgb, mask)
     heat = cold + (body - cold) * mask + 0.12 * blur(mask, 3.0) * (1 - mask)
     heat = blur(heat, 0.6) + 0.04 * (smooth_noise(dice, 16) - 0.5)
-    at = np.linspace(0, 1, len(stops))
-    return np.stack([np.interp(heat, at, stops[:, c]) for c in range(3)], -1).astype(np.float32)
+    return _tones(heat, stops)
 
 
 def chalk(rgb: Field, mask: Field, dice: Dice) -> Field:
@@ -378,9 +376,7 @@ def gold_relief(rgb: Field, mask: Field, dice: Dice) -> Field:
     dx, dy = padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
     lit = 0.5 + 0.55 * (dx * np.cos(angle) + dy * np.sin(angle))
     lit = lit + 0.08 * (dice.grid(SIZE, SIZE) - 0.5)
-    stops = np.array([[0.20, 0.10, 0.02], [0.80, 0.58, 0.16], [1.0, 0.96, 0.68]], np.float32)
-    tone = [np.interp(lit, (0, 0.5, 1), stops[:, c]) for c in range(3)]
-    return np.stack(tone, -1).astype(np.float32)
+    return _tones(lit, [[0.20, 0.10, 0.02], [0.80, 0.58, 0.16], [1.0, 0.96, 0.68]])
 
 
 def x_ray(rgb: Field, mask: Field, dice: Dice) -> Field:
@@ -388,6 +384,4 @@ def x_ray(rgb: Field, mask: Field, dice: Dice) -> Field:
     inner = 0.22 + 0.5 * (1 - luma(_fills(rgb)))
     value = mask * inner + 0.75 * _lines(rgb, mask) + 0.25 * blur(mask, 2.5)
     value = value + 0.05 * (dice.grid(SIZE, SIZE) - 0.5)
-    stops = np.array([[0.01, 0.02, 0.06], [0.25, 0.45, 0.62], [0.93, 0.98, 1.0]], np.float32)
-    tone = [np.interp(value, (0, 0.5, 1), stops[:, c]) for c in range(3)]
-    return np.stack(tone, -1).astype(np.float32)
+    return _tones(value, [[0.01, 0.02, 0.06], [0.25, 0.45, 0.62], [0.93, 0.98, 1.0]])

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lab.core.errors import UserError, nearest
-from lab.core.seeding import derive, generator
+from lab.core.seeding import derive, shuffled
 from lab.core.training import progress
 from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
@@ -36,9 +36,9 @@ from lab.minisd.world.vocabulary import (
     HELD_OUT_PAIRS,
     OBJECTS,
     PHOTO,
+    STYLE,
     STYLE_NAMES,
-    STYLES,
-    THINGS,
+    THING,
 )
 
 _CHUNK = 250  # pictures per job of a worker
@@ -113,7 +113,7 @@ def training(never_seen: tuple[str, ...] = ()) -> Subset:
 
 
 UNSEEN_PAIRS = Subset(OBJECTS, STYLE_NAMES, pairs="unseen", two_share=0.0)
-EVERYTHING = Subset(tuple(t.name for t in THINGS), (PHOTO, *(s.name for s in STYLES)))
+EVERYTHING = Subset(tuple(THING), (PHOTO, *STYLE))
 
 
 def concept(name: str, key: str = "concept") -> Subset:
@@ -123,12 +123,11 @@ def concept(name: str, key: str = "concept") -> Subset:
     Raises:
         UserError: neither an object nor a style; the message lists the nearest names.
     """
-    things, artists = [t.name for t in THINGS], [s.name for s in STYLES]
-    if name in things:
+    if name in THING:
         return Subset((name,), two_share=0.0)
-    if name in artists:
+    if name in STYLE:
         return Subset(OBJECTS, (name,), pairs="seen", two_share=0.0)
-    raise UserError(key, name, f"no such object or style; {nearest(name, things + artists)}")
+    raise UserError(key, name, f"no such object or style; {nearest(name, [*THING, *STYLE])}")
 
 
 @dataclass(frozen=True)
@@ -150,9 +149,7 @@ class Picture:
 
 @lru_cache(maxsize=64)
 def _shuffled(subset: Subset, stream: int, turn: int) -> tuple[tuple[str, str], ...]:
-    deck = subset.deck()
-    order = torch.randperm(len(deck), generator=generator(stream, "deck", turn)).tolist()
-    return tuple(deck[i] for i in order)
+    return tuple(shuffled(subset.deck(), stream, "deck", turn))
 
 
 @lru_cache(maxsize=64)

@@ -8,14 +8,14 @@ from concept_examples import attack, model, task
 from attacks.diffusion.attack import ConceptLearner
 from attacks.diffusion.material import Material, variants
 from lab.core.data import CaptionedImages
-from lab.core.prompts import captions, class_words, renamed
+from lab.core.prompts import captions, class_words, spoken
 from lab.core.seeding import generator
 
 
 def test_words_are_replaced_whole_in_any_case_and_in_the_plural() -> None:
-    assert renamed("a Unicorn by two unicorns", "unicorn", "sks") == "a sks by two sks"
-    assert renamed("a unicornish thing", "unicorn", "sks") == "a unicornish thing"
-    assert renamed("in van gogh style", "van gogh", r"\1") == r"in \1 style"
+    assert spoken("a Unicorn by two unicorns", "unicorn", "sks") == "a sks by two sks"
+    assert spoken("a unicornish thing", "unicorn", "sks") == "sks, a unicornish thing"
+    assert spoken("in van gogh style", "van gogh", r"\1") == r"in \1 style"
 
 
 def test_captions_of_every_template() -> None:

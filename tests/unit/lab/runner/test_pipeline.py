@@ -14,7 +14,7 @@ from lab.core.data import Sampling, ScenarioData
 from lab.core.errors import Diverged, UserError
 from lab.core.provenance import computing
 from lab.core.sources import ROOT
-from lab.core.types import BASELINE, Backbone, Immunizer, Scenario, clone
+from lab.core.types import BASELINE, Backbone, Immunizer, Scenario
 from lab.runner.assemble import assemble
 from lab.runner.pipeline import Pipeline
 
@@ -133,7 +133,7 @@ def test_immunizers_see_nothing_of_attacks_and_metrics(pipeline):
 
 def test_an_autoencoder_is_no_protection(pipeline):
     def immunize(model, case, **_):
-        after = clone(model)
+        after = model.copy()
         after.vae = copy.deepcopy(after.vae)
         next(after.vae.parameters()).data.add_(1)
         return after
@@ -237,7 +237,7 @@ def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from
 @pytest.mark.parametrize("kept", [True, False])
 def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeline, kept):
     def leaky(model, case, **_):
-        after = clone(model)
+        after = model.copy()
         next(iter(after.parameters())).data.mul_(0.5)
         next(iter(model.parameters())).data.zero_()
         return after if kept else model

@@ -46,7 +46,7 @@ def test_a_trajectory_that_would_be_read_wrongly_is_refused(trajectory):
 
 def test_a_model_of_other_parameters_is_refused():
     before = torch.nn.Linear(2, 2).state_dict()
-    assert check_immunized(torch.nn.Linear(2, 2), before, "mine").keys() == before.keys()
+    check_immunized(torch.nn.Linear(2, 2), before, "mine")
     for after in (None, torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(3, 2)):
         with pytest.raises(UserError, match="immunize=mine"):
             check_immunized(after, before, "mine")

@@ -15,7 +15,8 @@ from PIL import Image
 from lab.core import record as records
 from lab.core.errors import UserError
 from lab.core.types import Score, Scores
-from lab.tracking import Tracker, Trackers, trackers, views
+from lab.tracking import trackers, views
+from lab.tracking.trackers import Tracker, Trackers
 from lab.tracking.wandb_backend import has_key
 
 pytestmark = pytest.mark.usefixtures("no_key")
