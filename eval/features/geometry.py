@@ -26,8 +26,7 @@ class Geometry(RunMetric):
 
     κ(M) = λ_max/λ_min of the pencil says beforehand whether a pair can be immunized by a linear
     map; an invertible linear extractor cannot change it (only the baseline's is reported),
-    a deep one can. Of several harmful tasks the means are reported, and the
-    largest of all angles.
+    a deep one can. Of several harmful tasks the means are reported, and the largest of all angles.
 
     Args:
         energy: share of ‖X‖²_F that the leading subspaces hold, in (0, 1].

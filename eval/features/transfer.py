@@ -54,9 +54,9 @@ class Transfer(RunMetric):
     against RIR.
     ``angle_predicts_slowdown_ATTACK``: ρ of the same angle against the relative slowdown.
     ``angle_change_predicts_slowdown_ATTACK``: ρ of that angle after − before against the relative
-    slowdown. A slowdown beyond the last step is censored there; the table gives the
-    censored share. Cases without RIR, since the numerical rank moved, are left out where κ is
-    used; those that diverged everywhere.
+    slowdown. A slowdown beyond the last step is censored there; the table gives the censored share.
+    Cases without RIR, since the numerical rank moved, are left out where κ is used; those that
+    diverged everywhere.
     Intervals: percentile bootstrap, seeds first, then cases.
 
     Args:

@@ -45,9 +45,9 @@ class Verdict(RunMetric):
     ``min_sgrc``. Benign (all must hold): slowdown ≤ ``max_benign_slowdown``; the best performance
     on the way (a user stops early; test accuracy, or R² against the baseline's initial loss) at
     most ``max_benign_loss`` below the baseline's, relative; no attack that diverged on the
-    immunized model only. A slowdown counts
-    by norm ratio, as in the paper, AND by training loss where both exist: the norm ratio is in each
-    model's own coordinates, the loss is what an attacker measures, and the two can differ. What
+    immunized model only. A slowdown counts by norm ratio, as in the paper, AND by training loss
+    where both exist: the norm ratio is in each model's own coordinates, the loss is what an
+    attacker measures, and the two can differ. What
     was not measured in every seed and case does not pass, nor does a benign slowdown of which only
     a lower limit is known. ``verdict_share`` is the share of seeds × cases in which the same rule
     holds, limits included (`eval.stats.verdict_rule`). A case whose immunization diverged is a

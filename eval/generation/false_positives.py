@@ -16,7 +16,7 @@ from lab.core.config import Text, config
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError
 from lab.core.hashing import file_hash, stage_key
-from lab.core.images import SUFFIXES, read_image, stack
+from lab.core.images import SUFFIXES, expand_path, read_image, stack
 from lab.core.prompts import in_turn
 from lab.core.types import RunMetric, RunView, Scores
 
@@ -90,7 +90,7 @@ class FalsePositives(RunMetric):
     def _files(self) -> list[Path]:
         """Return the image files of ``folder``, in the order of their names."""
         key = f"eval.{self.name}.folder"
-        files = sorted(Path(str(self.folder)).expanduser().rglob("*"))
+        files = sorted(expand_path(key, self.folder).rglob("*"))
         images = [path for path in files if path.suffix.lower() in SUFFIXES]
         if not images:
             raise UserError(key, self.folder, f"has no {', '.join(sorted(SUFFIXES))} files.")

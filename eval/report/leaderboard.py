@@ -90,6 +90,7 @@ COLUMNS = (
 # of other scorers and utilities too, but not of a longer horizon, one model or other prompts
 _MORE = re.compile(r"(msgr|mrsgr|sgr_benign)_[a-z0-9_]+|utility_[a-z0-9_]+_drift")
 _NOT_MORE = re.compile(r".*_(baseline|auc|legacy|\d+x)")
+_THRESHOLD = re.compile(r"eval\.(concept_)?verdict\.(min|max)_")  # config keys
 _ORDER = (  # of methods that pass or have no verdict
     "slowdown_harmful_worst",
     "sgrc_harmful_worst",
@@ -169,23 +170,28 @@ def name_attacks(names: Sequence[str]) -> str:
 
 
 def terms(record: Record) -> dict[str, Any]:
-    """Return the attackers, every option of them and of the budget that is set, and the thresholds
-    of the verdict; without options that leave an attack as it is.
+    """Return the attackers and every option of them and of the budget that is set, but those that
+    leave an attack as it is.
     """
     # a record without a unit is older than the option
     return {"attacks": sorted(record["attacks"]), "budget.unit": "steps"} | {
         key: value
         for key, value in settings(record).items()
         if value is not None
-        and re.match(r"(attacks|budget|eval\.(concept_)?verdict)\.(?!scorers)", key)
+        and key.startswith(("attacks.", "budget."))
         and not key.endswith((".keep_weights", ".families", "._target_"))
     }
 
 
 def other_settings(records: Sequence[Record]) -> list[str]:
-    """Return for each record those of `terms` that most of the others do not share, as text."""
-    frame = pd.DataFrame([{k: typed(v) for k, v in terms(r).items()} for r in records])
-    frame = frame.fillna("null")
+    """Return for each record those of `terms` and of the thresholds of its verdict that most of the
+    others do not share, as text.
+    """
+    rows = []
+    for record in records:
+        limits = (item for item in settings(record).items() if _THRESHOLD.match(item[0]))
+        rows.append({key: typed(value) for key, value in (terms(record) | dict(limits)).items()})
+    frame = pd.DataFrame(rows).fillna("null")
     common, names = frame.mode().iloc[0], short_names({*frame})
     return [
         ", ".join(f"{names[key]}={value}" for key, value in row.items() if value != common[key])

@@ -22,8 +22,13 @@ Result = Literal["passes", "fails", "inconclusive"]
 # of the metric ``verdict``
 VALUES: dict[Result, float | None] = {"passes": 1.0, "fails": 0.0, "inconclusive": None}
 WORDS = {value: word for word, value in VALUES.items()}
-COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
-COMPARE |= {"low >": operator.gt, "high <": operator.lt}
+COMPARE = {
+    "≥": operator.ge,
+    "≤": operator.le,
+    "<": operator.lt,
+    "low >": operator.gt,
+    "high <": operator.lt,
+}
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ def explain_config(error: Exception) -> str | None:
         )
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    if ambiguous := re.search(r"Ambiguous value for argument '(.+)'", str(error)):
+        return (
+            f"{ambiguous[1]}: several values; add -m to run each: python run.py -m {ambiguous[1]}"
+        )
     if unnamed := re.search(r"Interpolation key '(\w+)\.name' not found", str(error)):
         choice = next((word for word in sys.argv if word.startswith(f"{unnamed[1]}=")), unnamed[1])
         return f"{choice.replace('=', '/')}.yaml: needs a line `name: …`"

@@ -157,7 +157,13 @@ def relative_immunization_ratio(
 ) -> float:
     """Return RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got
     relatively harder.
+
+    Raises:
+        ValueError: a condition number below 1.
     """
+    values = (harmful_after, harmful_before, benign_after, benign_before)
+    if any(v < 1 - 1e-9 for v in values):
+        raise ValueError(f"condition numbers are at least 1, got {values}")
     return (harmful_after / harmful_before) / (benign_after / benign_before)
 
 

@@ -184,14 +184,14 @@ class ConceptCase:
         return (*self.targets, *self.others)
 
     def for_immunizer(self) -> ConceptCase:
-        """Return the case as immunizers see it: with default `Sampling`, without benign concepts,
-        unrelated prompts, and the targets' images that attacks and metrics use.
+        """Return the case as immunizers see it: without benign concepts, and without the images and
+        the prompts of targets and of unrelated things that attacks and metrics use.
         """
-        nothing = self.keep.pick(())
-        targets = (replace(target, train=nothing, reference=nothing) for target in self.targets)
-        return replace(
-            self, targets=tuple(targets), others=(), unrelated=nothing, sampling=Sampling()
-        )
+        nothing, targets = self.keep.pick(()), []
+        for target in self.targets:
+            known = {k: v for k, v in target.prompts.items() if k in ("name", "description")}
+            targets.append(replace(target, train=nothing, reference=nothing, prompts=known))
+        return replace(self, targets=tuple(targets), others=(), unrelated=nothing)
 
     def task(self, name: str) -> Concept:
         return next(t for t in self.tasks if t.name == name)

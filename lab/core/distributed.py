@@ -24,6 +24,10 @@ from lab.core.types import Checkpoint
 Params = dict[str, Tensor]
 
 
+class OutOfStep(Exception):
+    """Processes that should hold the same parameters do not."""
+
+
 class PeerLost(Exception):
     """Another process of the run ended while this one waited for it."""
 
@@ -108,14 +112,14 @@ class Team:
         """Compare a hash of ``tensors`` across the members.
 
         Raises:
-            RuntimeError: the hashes differ.
+            OutOfStep: the hashes differ.
         """
         if self.size == 1:
             return
         hashes = self.gather({self.rank: digest(*(tensors[name] for name in sorted(tensors)))})
         if len(set(hashes.values())) > 1:
             listed = ", ".join(f"process {n}: {h[:12]}" for n, h in sorted(hashes.items()))
-            raise RuntimeError(f"the processes' parameters differ at the end ({listed})")
+            raise OutOfStep(f"the processes' parameters differ at the end ({listed})")
 
 
 class SharedCheckpoint:

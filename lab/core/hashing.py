@@ -108,7 +108,7 @@ def fingerprint(case: AnyCase | AnyTask, derived: bool = True) -> str:
 
 
 def without_sampling(case: AnyCase) -> AnyCase:
-    """Return ``case`` as erasers see it: with the default `Sampling`.
+    """Return ``case`` as erasers and immunizers see it: with the default `Sampling`.
 
     How images are generated is the attacks' and the metrics' business, so that other sampling steps
     do not immunize again.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import textwrap
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from lab.core.types import ImageGrid
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # EPS and the like would start programs
+MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger image is taken for a decompression bomb
 DAMAGED = (
     OSError,
     ValueError,
@@ -59,14 +61,19 @@ def read_image(path: Path, size: int, key: str, *, draft: bool = True) -> NDArra
         draft: decode a JPEG at about twice ``size``, which is faster and changes its pixels a bit.
 
     Raises:
-        UserError: the file cannot be read, or is too large for Pillow (a decompression bomb).
+        UserError: the file cannot be read, or would unpack to more than `MAX_PIXELS` pixels.
     """
     fix = "cannot be read as an image; scale down, repair or remove it."
-    with as_user_error(key, path, fix), Image.open(path, formats=_FORMATS) as image:
-        if draft:
-            image.draft("RGB", (2 * size, 2 * size))
-        square = ImageOps.fit(to_rgb(image), (size, size), method=Image.Resampling.BICUBIC)
-        return np.asarray(square)
+    with as_user_error(key, path, fix), warnings.catch_warnings():
+        # the limit below is stricter or equal
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+            if draft:
+                image.draft("RGB", (2 * size, 2 * size))
+            square = ImageOps.fit(to_rgb(image), (size, size), method=Image.Resampling.BICUBIC)
+            return np.asarray(square)
 
 
 def stack(images: list[NDArray[np.uint8]]) -> Tensor:
@@ -88,6 +95,16 @@ def resize_bytes(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
         return images
     scaled = F.interpolate(images.float(), (side, side), mode=mode, antialias=True)
     return scaled.round().clamp(0, 255).to(torch.uint8)
+
+
+def expand_path(key: str, value: object) -> Path:
+    """Return ``value`` as a path; ``~`` and ``~user`` become the home folder.
+
+    Raises:
+        UserError: a user that this machine does not have.
+    """
+    with as_user_error(key, value, "names a home folder that this machine does not have."):
+        return Path(str(value)).expanduser()
 
 
 GAP = 2  # pixels between cells

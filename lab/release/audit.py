@@ -25,6 +25,7 @@ from eval.stats.verdict_rule import WORDS
 from lab.core import record as records
 from lab.core.errors import UserError, as_user_error, call_all, nearest
 from lab.core.hashing import state_hash, write_atomically
+from lab.core.images import expand_path
 from lab.core.record import Record
 from lab.core.sources import ROOT
 from lab.models.diffusion_backbone import locate_folder
@@ -106,7 +107,7 @@ def _check_groups(cfg: DictConfig) -> None:
 def _read_concepts(cfg: DictConfig) -> None:
     """Put the concepts of the file into the scenario."""
     if cfg.concepts is not None:
-        path = Path(str(cfg.concepts)).expanduser()
+        path = expand_path("concepts", cfg.concepts)
         fix = "cannot be read as a list of concepts (docs/examples/concepts.yaml)."
         with as_user_error("concepts", path, fix):
             values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -175,7 +175,7 @@ class Pipeline:
             error: dict[str, Any] | None = None
             changed: dict[str, Tensor] = {}
             try:
-                visible = case.for_immunizer()
+                visible = without_sampling(case).for_immunizer()
                 after = part.obj(model, visible, seed=seed, checkpoint=checkpoint, log=log)
             except Diverged as stopped:
                 error = {"message": str(stopped), "last_good_step": stopped.step}

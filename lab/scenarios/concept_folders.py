@@ -34,6 +34,7 @@ from lab.core.data import (
 )
 from lab.core.errors import UserError, UserErrors, as_user_error
 from lab.core.hashing import digest
+from lab.core.images import expand_path
 from lab.core.prompts import in_turn, texts
 from lab.core.seeding import derive, generator
 from lab.core.slugs import slug
@@ -165,7 +166,7 @@ def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> t
             if entry.path is None:
                 world.concept(entry.name, f"{place}.name")
             elif root is not None:
-                folder = root / Path(entry.path).expanduser()
+                folder = root / expand_path(f"{place}.path", entry.path)
                 folders.read(folder, 8, select=entry.select, key=f"{place}.path")
         except UserError as error:
             errors.append(error)
@@ -255,15 +256,15 @@ class ConceptFolders(Scenario):
         self.entries = read_entries(self.concepts, "scenario.concepts")
         self.lines = self._read_captions()
 
-    def path(self, value: str) -> Path:
+    def path(self, key: str, value: str) -> Path:
         """Return the path ``value`` of the config; a relative one starts at ``root``."""
-        return Path(self.root or ".").expanduser() / Path(value).expanduser()
+        return expand_path("scenario.root", self.root or ".") / expand_path(key, value)
 
     def _read_captions(self) -> tuple[str, ...] | None:
         """Return C_reg from the list or the text file, or None."""
         key, lines = "scenario.captions", self.captions
         if isinstance(lines, str):
-            path = self.path(lines)
+            path = self.path(key, lines)
             with as_user_error(key, path, "cannot be read as UTF-8 text."):
                 read = path.read_text(encoding="utf-8").splitlines()
             lines = tuple(line for line in read if line.strip())
@@ -334,7 +335,7 @@ class _Loader:
     def _images(self, i: int, entry: Entry) -> CaptionedImages:
         """Read the different images of a concept."""
         key = f"scenario.concepts[{i}].path"
-        path = self.options.path(str(entry.path))
+        path = self.options.path(key, str(entry.path))
         folder = folders.read(path, self.options.resolution, select=entry.select or None, key=key)
         hashes = [digest(image) for image in folder.images]
         for row, value in enumerate(hashes):
@@ -451,7 +452,7 @@ class _Loader:
         Raises:
             UserError: nothing is left, or a caption that is no prompt.
         """
-        folder = folders.read(self.options.path(path), self.options.resolution, key=key)
+        folder = folders.read(self.options.path(key, path), self.options.resolution, key=key)
         images = CaptionedImages(folder.images, tuple(folder.texts))
         # every image is looked up, so that a copy of one that names a concept is left out too
         new = [owners.setdefault(digest(x), f"{key} {i}") for i, x in enumerate(images.images)]

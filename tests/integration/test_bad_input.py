@@ -68,7 +68,7 @@ def refused(cli):
         ("action=raport", "action=raport: did you mean report"),
         ("force=all", "force=all: choose one of attack, eval, immunize, train"),
         ("list", "list: must be KEY=VALUE; did you mean action=list?"),
-        ("immunize=kappa,none", "add --multirun to your command line"),
+        ("immunize=kappa,none", "add -m to run each: python run.py -m immunize=kappa,none"),
         ("name=../elsewhere", "name=../elsewhere: names a folder"),
         ("dry_run=yess", "dry_run=yess: must be true or false"),
         ("scenario.path=/data/Müller", "inside of quotes, e.g. 'scenario.path=\"VALUE\"'"),

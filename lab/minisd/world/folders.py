@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab.core.errors import UserError, as_user_error, nearest
-from lab.core.images import SUFFIXES, read_image, stack
+from lab.core.images import SUFFIXES, expand_path, read_image, stack
 
 METADATA = "metadata.csv"
 _SUFFIXES = SUFFIXES | {".gif", ".tif", ".tiff"}
@@ -86,9 +86,13 @@ def read(
 
     Raises:
         UserError: no such folder, no image in it, a path that leaves it, an image that cannot be
-            read or is too large, broken metadata, an unknown ``select`` (with the nearest values).
+            read or is too large, broken metadata, an unknown ``select`` (with the nearest values),
+            a size that no model takes.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_path(key, folder)
+    if size < 8 or size % 8:
+        fix = "must be a multiple of 8, as latents are 8 (or 4) times smaller"
+        raise UserError("resolution", size, fix)
     if not folder.is_dir():
         raise UserError(key, folder, "this folder does not exist; set the key to one with images")
     rows = _rows(folder, key)

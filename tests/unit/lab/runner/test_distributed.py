@@ -132,4 +132,4 @@ def test_a_last_bit_that_differs_is_noticed(tmp_path):
         2,
         folder=tmp_path,
     ):
-        assert values["raised"] == "RuntimeError"
+        assert values["raised"] == "OutOfStep"

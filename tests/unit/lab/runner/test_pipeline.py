@@ -127,6 +127,7 @@ def test_immunizers_see_nothing_of_attacks_and_metrics(pipeline):
     hidden = [*(t.train for t in case.targets), *(t.reference for t in case.targets)]
     assert [len(images) for images in (*hidden, case.unrelated)] == [0] * (len(hidden) + 1)
     assert (case.others, case.sampling) == ((), Sampling())
+    assert all({*target.prompts} <= {"name", "description"} for target in case.targets)
     assert [t.own for t in case.targets] == [t.own for t in whole.targets]
     assert min(len(whole.others), len(whole.unrelated), len(whole.targets[0].train)) > 0
 
