@@ -7,6 +7,10 @@ from pathlib import Path
 # one thread: the problems are tiny, bits repeat, and a busy machine does not starve spinning
 # threads
 os.environ["OMP_NUM_THREADS"] = "1"
+# the same kernels on every processor, as stored values are compared
+os.environ["MKL_CBWR"] = "AVX2,STRICT"
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
 import pytest
 import torch

@@ -193,6 +193,7 @@ def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> l
 
 
 def _spearman(pairs: Floats) -> float:
+    pairs = np.round(pairs, 9)  # what differs by rounding errors alone shares a rank
     if len(pairs) < 3 or np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
         return math.nan
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)

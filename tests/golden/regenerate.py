@@ -4,16 +4,15 @@ A word stands for every key that it equals or begins: `immunize/mima` is all kin
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "golden"), str(TESTS / "helpers"), str(TESTS.parent)]
+sys.path[:0] = [str(path) for path in (TESTS / "golden", TESTS, TESTS.parent)]
 
-import golden_cases as cases  # noqa: E402
-import torch  # noqa: E402
+import conftest  # noqa: E402, F401 - one thread and the kernels of the tests, before torch
+
+import golden_cases as cases  # noqa: E402 # isort: skip
 
 
 def chosen(words: list[str], keys: list[str]) -> list[str]:
@@ -31,7 +30,6 @@ def main(words: list[str]) -> None:
     """Compute the named values, print what changes, and write the file."""
     if not words:
         sys.exit(__doc__)
-    torch.set_num_threads(1)
     made, values = cases.computations(), cases.stored()
     for key in chosen(words, sorted({*made, *values})):
         if key not in made:
