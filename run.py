@@ -17,12 +17,6 @@ from lab.cli.arguments import register_resolvers, rewrite
 from lab.core.sources import ROOT
 from lab.runner.batch import EXIT_INTERRUPTED, fail_slurm_job, interruptible
 
-# threads that wait for each other sleep: a spinning one would hold the core that a busy machine
-# needs for the other (tests/benchmarks/busy_threads.py); read when torch is imported
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# the same bits on every Intel processor and at every memory address; MKL's own choice differs in
-# both, so that an interrupted SOAP attack ended elsewhere
-os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 register_resolvers()
 # conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges
 # but warns about

@@ -133,8 +133,8 @@ class Transfer(RunMetric):
         """Return Spearman's ρ of two columns with its interval; without value where one of them is
         constant.
         """
-        groups = [
-            np.array([[p[column] for column in pair] for p in points if p["seed"] == seed])
+        groups = [  # nine digits: what differs by rounding errors alone shares a rank
+            np.array([[float(f"{p[c]:.9g}") for c in pair] for p in points if p["seed"] == seed])
             for seed in dict.fromkeys(point["seed"] for point in points)
         ]
         value = _spearman(np.concatenate(groups)) if groups else math.nan
@@ -193,7 +193,6 @@ def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> l
 
 
 def _spearman(pairs: Floats) -> float:
-    pairs = np.round(pairs, 9)  # what differs by rounding errors alone shares a rank
     if len(pairs) < 3 or np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
         return math.nan
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)

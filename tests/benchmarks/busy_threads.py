@@ -5,7 +5,7 @@
 Two threads that wait for each other actively lose a whole time slice whenever one of them is not
 scheduled. Each setting trains a small network, whose operations are short, for SECONDS (4) with one
 thread per core: first on the machine as it is, then beside one busy process per core. Printed are
-updates per second. `run.py` sets GOMP_SPINCOUNT=10000.
+updates per second. The package `lab` sets GOMP_SPINCOUNT=10000.
 """
 
 import os

@@ -53,23 +53,26 @@ def run(folder, processes):
     return immunized(folder), found_records(folder)[0]
 
 
-def test_1_and_3_processes_give_the_same_weights_after_6_steps(tmp_path):
-    """Of three processes, two have a concept each; the third takes part in what all compute. Two
-    processes: tests/unit/lab/runner/test_distributed.py.
-    """
+def test_1_2_and_3_processes_give_the_same_weights_after_6_steps(tmp_path):
+    """Of three processes, two have a concept each; the third takes part in what all compute."""
     alone, record = run(tmp_path / "1", 1)
-    shared, other = run(tmp_path / "3", 3)
-    assert alone.keys() == shared.keys()
-    for name, tensor in alone.items():
-        assert torch.isfinite(shared[name]).all(), name
-        difference = (tensor.double() - shared[name].double()).norm()
-        assert difference <= 1e-5 * tensor.double().norm(), name
-    assert other["provenance"]["processes"] == 3
-    for name, score in record["metrics"].items():
-        value = other["metrics"][name]["value"]
-        assert value == score["value"] or score["low"] <= value <= score["high"], name
-    logs = [path.read_text() for path in (tmp_path / "3").rglob("ranks/*.log")]
-    assert len(logs) == 2
-    told = "stage immunize stained-glass_guitar, seed 0, with 3 processes"
-    assert any(told in log for log in logs)
-    assert not any("Traceback" in log for log in logs)
+    for processes in (2, 3):
+        folder = tmp_path / str(processes)
+        shared, other = run(folder, processes)
+        assert alone.keys() == shared.keys()
+        for name, tensor in alone.items():
+            assert torch.isfinite(shared[name]).all(), name
+            assert (
+                tensor.double() - shared[name].double()
+            ).norm() <= 1e-5 * tensor.double().norm(), name
+        assert other["provenance"]["processes"] == processes
+        for name, score in record["metrics"].items():
+            value = other["metrics"][name]["value"]
+            assert value == score["value"] or score["low"] <= value <= score["high"], name
+        logs = [path.read_text() for path in folder.rglob("ranks/*.log")]
+        assert len(logs) == processes - 1
+        assert any(
+            f"stage immunize stained-glass_guitar, seed 0, with {processes} processes" in log
+            for log in logs
+        )
+        assert not any("Traceback" in log for log in logs)
