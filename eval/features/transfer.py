@@ -175,17 +175,19 @@ def _measure_change(run: RunView, case: Case, seed: int, pair: Row) -> Row:
 
 
 def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> list[Row]:
-    """Return a row per seed and case: what immunization changed, and what an attacker measures."""
-    rows = []
+    """Return a row per seed and case: what immunization changed, and what an attacker measures. A
+    slowdown of 0 counts as one step of the budget in the relative one.
+    """
+    rows, floor = [], 1 / run.budget.steps
     for seed, case in walk(run):
         harmful, benign = (worst_slowdown(run, attack, role, "auto", case, seed) for role in ROLES)
-        if harmful is not None and benign is not None and benign.value > 0:
+        if harmful is not None and benign is not None:
             rows.append(
                 {
                     "attack": attack,
                     **changes[seed, case.name],
                     "harmful_slowdown": harmful.value,
-                    "relative_slowdown": harmful.value / benign.value,
+                    "relative_slowdown": max(harmful.value, floor) / max(benign.value, floor),
                     "censored": harmful.bound is not None or benign.bound is not None,
                 }
             )

@@ -329,7 +329,8 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 def strongest_attack(record: Record) -> str:
     """Return which of several attacks is behind the success rate at 1×: the one that shows the
-    target most often for most targets and seeds, and for how many: ``lora (5 of 12)``.
+    target most often for most targets and seeds, and for how many: ``lora (5 of 12)``. Images of
+    models that the attack has made unusable do not count.
     """
     frame = pd.DataFrame(record["tables"].get("attacks", []))
     horizon = (record["config"].get("budget") or {}).get("horizon")
@@ -339,6 +340,9 @@ def strongest_attack(record: Record) -> str:
     frame = frame[(frame["model"] == IMMUNIZED) & (frame["role"] == "harmful")].dropna(
         subset=shares
     )
+    if "unusable_at" in frame:
+        lost = frame["unusable_at"].map(lambda steps: str(horizon) in str(steps).split(", "))
+        frame = frame.assign(**{shares: frame[shares].mask(lost, 0.0)})
     strongest = frame.loc[frame.groupby(["case", "concept", "seed"])[shares].idxmax(), "attack"]
     counts = strongest.value_counts()
     return next((f"{name} ({n} of {len(strongest)})" for name, n in counts.items()), UNMEASURED)

@@ -232,7 +232,8 @@ def transfer_blocks(rows: Rows) -> list[Block]:
     """
     blocks: list[Block] = []
     for label, record in rows:
-        results = sorted(record["tables"].get("transfer", []), key=lambda r: -(r["rho_rir"] or -2))
+        results = list(record["tables"].get("transfer", []))
+        results.sort(key=lambda r: 2 if r["rho_rir"] is None else -r["rho_rir"])
         if not results:
             continue
         attacks = [str(row["attack"]) for row in results]

@@ -83,15 +83,15 @@ def better_of(model: str, better: Better) -> Better:
 def samples(
     run: RunView, value: Callable[[int, Any], T | None], *, diverged: T | None = None
 ) -> list[list[T]]:
-    """Return ``value(seed, case)`` as ``samples[seed][case]``; None is left out, and a seed with
-    nothing left too.
+    """Return ``value(seed, case)`` as ``samples[seed][case]``, seeds ascending; None is left out,
+    and a seed with nothing left too.
 
     ``diverged``: what a case counts whose immunization diverged, a failure (0) where successes are
     counted.
     """
     figures = [(seed, value(seed, case)) for seed, case in walk(run)]
     figures += [(seed, diverged) for _, seed in run.diverged]
-    seeds = run.seeds if diverged is None else sorted({seed for seed, _ in figures})
+    seeds = sorted({seed for seed, _ in figures})
     groups = [[v for seed, v in figures if seed == s and v is not None] for s in seeds]
     return [group for group in groups if group]
 

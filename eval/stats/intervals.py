@@ -200,7 +200,7 @@ def estimate(
     """
     if not units or any(len(u.rows) == 0 for u in units):
         raise ValueError("a metric over an empty set")
-    seeds = dict.fromkeys(u.seed for u in units)
+    seeds = sorted({u.seed for u in units})
     by_seed = [[u for u in units if u.seed == seed] for seed in seeds]
     means = np.stack([np.mean([u.value[:figures] for u in group], 0) for group in by_seed])
     n, value = len(by_seed), after(means.mean(0))
@@ -271,8 +271,8 @@ def score_units(
         return score
     score = replace(score, interval=interval_kind(n))
     if not (math.isfinite(low) and math.isfinite(high)):
-        reason = f"no interval: undefined in more than {UNDEFINED:.0%} of resamples"
-        return replace(score, note=joined(note, reason))
+        reason = f"without one of the seeds or in more than {UNDEFINED:.0%} of resamples"
+        return replace(score, note=joined(note, f"no interval: undefined {reason}"))
     low, high = map(float, np.clip((low, high), *bounds))
     return replace(score, low=low, high=high)
 

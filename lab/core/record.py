@@ -131,7 +131,7 @@ def seed_values(scores: Sequence[Scores], seeds: Sequence[int]) -> list[dict[str
     A row is ``metric`` and a column per seed.
     """
     return [
-        {"metric": name, **dict(zip(map(str, seeds), item.per_seed, strict=True))}
+        {"metric": name, **dict(zip(map(str, sorted(seeds)), item.per_seed, strict=True))}
         for name, item in merged(scores, "metrics").items()
         if len(item.per_seed) == len(seeds) > 1
     ]

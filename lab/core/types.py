@@ -371,7 +371,7 @@ class Score:
     note: str | None = None
     unit: str = ""
     bound: Literal["lower", "upper"] | None = None  # ``value`` is a limit: the true one lies beyond
-    per_seed: tuple[float, ...] = ()  # in the run's order where known, so that runs can be paired
+    per_seed: tuple[float, ...] = ()  # ascending by seed, where known, so that runs can be paired
 
 
 @dataclass(frozen=True)

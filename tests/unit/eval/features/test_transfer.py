@@ -73,3 +73,22 @@ def test_cases_whose_rank_moved_are_left_out_of_kappa_and_counted():
     assert metrics["transfer_probe"].value == pytest.approx(1)
     assert "6 of 30 cases left out: the numerical rank moved" in metrics["transfer_probe"].note
     assert "left out" not in metrics["angle_predicts_slowdown_probe"].note
+
+
+@dataclass
+class Immediate(Run):
+    """In the first case the immunized model meets the benign target before any step."""
+
+    def trajectory(self, model_name, attack, case, task, seed):
+        found = super().trajectory(model_name, attack, case, task, seed)
+        if model_name != BASELINE and task.role == "benign" and case.name == "0":
+            found.values = {name: [0.0] * len(STEPS) for name in found.values}
+        return found
+
+
+def test_a_task_that_is_met_at_once_counts_as_one_step():
+    scores = Transfer()(Immediate())
+    assert scores.tables["transfer"][0]["cases"] == 30
+    (first, *_) = scores.tables["transfer_cases"]
+    steps = Immediate().budget.steps
+    assert first["relative_slowdown"] == pytest.approx(first["harmful_slowdown"] * steps)

@@ -168,6 +168,9 @@ def test_the_leaderboard_names_the_strongest_attack() -> None:
     ]
     one["attacks"] = list(shares)
     assert "| lora (2 of 3) |" in to_markdown(leaderboard([sealed(one)]))
+    for row in one["tables"]["attacks"]:
+        row["unusable_at"] = "20, 40, 80" if row["attack"] == "lora" and row["seed"] else "400"
+    assert "| full_finetune (3 of 3) |" in to_markdown(leaderboard([sealed(one)]))
 
 
 def test_csv_has_full_precision_and_no_formula() -> None:

@@ -61,6 +61,11 @@ def test_seeds_are_resampled_from_three_on_and_never_narrower_than_student():
     assert (three.low, three.high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
 
 
+def test_values_of_seeds_ascend_by_seed_whatever_the_order_of_units():
+    units = [constant(1, 1.0), constant(2, 2.0), constant(0, 10.0), constant(1, 3.0)]
+    assert score_units(units, "higher").per_seed == (10.0, 2.0, 2.0)
+
+
 def test_an_empty_set_is_an_error():
     for units in ([], [Unit(0, np.empty((0, 1)), columns)]):
         with pytest.raises(ValueError, match="empty set"):
