@@ -66,6 +66,9 @@ class Chain(Immunizer):
                 fix = "takes the model before erasure; run it alone, write its U-Net with "
                 fix += "action=export path=FILE.safetensors, and put immunize/stored here"
                 raise ValueError(f"methods.{name}: {fix}")
+        self.accepts = frozenset.intersection(*(m.accepts for m in self.methods.values()))  # type: ignore[misc]
+        if not self.accepts:
+            raise ValueError("methods take different kinds of models")
         return self
 
     def check(self, cases: tuple[AnyCase, ...]) -> None:

@@ -130,7 +130,14 @@ class OtherWeights(Immunizer):
 
     def fingerprint(self) -> str:
         folders = [locate_folder(path, "immunize.paths") for path in self.paths]
-        return stage_key(folders=[folder_hash(folder) for folder in folders])
+        return stage_key(
+            folders=[folder_hash(folder) for folder in folders],
+            unseen=[sorted(self._unseen(folder)) for folder in folders],
+            eraser=self.eraser.fingerprint(),
+        )
+
+    def check(self, cases: tuple[ConceptCase, ...]) -> None:
+        self.eraser.check(cases)
 
     def __call__(
         self,
@@ -182,13 +189,12 @@ class StoredUnet(Immunizer):
     path: Text
     name: Text = "stored"
 
-    def _paths(self, seed: int | Literal["*"] = "*") -> list[Path | str]:
+    def _paths(self, seed: int | Literal["*"] = "*") -> list[str]:
         """Return the file of ``seed``, or those of all."""
         name = self.path.replace("{seed}", str(seed))
-        shipped = SHIPPED / f"{name}.safetensors"
-        return [shipped] if shipped.is_file() else [*sorted(glob(name))] or [name]
+        return sorted(glob(f"{SHIPPED / name}.safetensors")) or sorted(glob(name)) or [name]
 
-    def _read(self, path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _read(self, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         fix = "is no U-Net that `python run.py action=export path=FILE.safetensors` wrote"
         with as_user_error("immunize.path", path, fix), safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -26,6 +26,12 @@ class EraseAgain(Immunizer):
     def texts(self) -> dict[str, str]:
         return self.eraser.texts()
 
+    def fingerprint(self) -> str:
+        return self.eraser.fingerprint()
+
+    def check(self, cases: tuple[ConceptCase, ...]) -> None:
+        self.eraser.check(cases)
+
     def __call__(
         self,
         model: DiffusionModel,

@@ -531,7 +531,8 @@ class ConceptLearner:
         parts = zip(*((draw.z, draw.noise, draw.t) for draw in drawn), strict=True)
         z, noise, t = (torch.cat(part) for part in parts)
         self.moving.condition(z, False)
-        losses = self.model.loss(z, EncodedText.cat(texts), noise, t)
+        with torch.set_grad_enabled(self.moving.move is None):
+            losses = self.model.loss(z, EncodedText.cat(texts), noise, t)
         loss = concept = losses[:batch].mean()
         if len(drawn) > 1:
             loss = concept + attack.prior_weight * losses[batch:].mean()
@@ -666,11 +667,12 @@ class AttackTrainee:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return parameters of all stages so far, the optimizer's state and the trajectory."""
         samples = {f"samples.{k}": v for k, v in self.trajectory.samples.items()}
-        guard = {"first": self.first, "recent": self.recent, "since": self.since}
-        trajectory = {"steps": self.trajectory.steps, "values": self.trajectory.values}
         return {**self.earlier, **self._state(), **samples}, {
-            **trajectory,
-            **guard,
+            "steps": self.trajectory.steps,
+            "values": self.trajectory.values,
+            "first": self.first,
+            "recent": self.recent,
+            "since": self.since,
             "stage": self.index,
         }
 
@@ -689,14 +691,10 @@ class AttackTrainee:
     def info(self) -> dict[str, Any]:
         """Return what the record says of the attack; of the last stage where there are several."""
         options, moving = self.learner.attack, self.learner.moving
+        training = ("optimizer", "lr", "schedule", "batch_size", "augmentation", "prior_weight")
         return {
-            "optimizer": options.optimizer,
-            "lr": options.lr,
-            "schedule": options.schedule,
-            "batch_size": options.batch_size,
-            "augmentation": options.augmentation,
+            **({name: getattr(options, name) for name in training} if moving.move is None else {}),
             "template": options.template,
-            "prior_weight": options.prior_weight,
             "attack": self.attack.name,
             "images": len(self.learner.images),
             **({"expression": self.learner.token} if options.template == "token" else {}),

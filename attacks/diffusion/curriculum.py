@@ -61,6 +61,9 @@ class Curriculum(ConceptBase):
 
     stages: Annotated[dict[str, CurriculumStage], Field(min_length=1)]
 
+    def fingerprint(self) -> str:
+        return "".join(stage.attack.fingerprint() for stage in self.stages.values())
+
     def varied(self, setting: Mapping[str, Any]) -> Self:
         stages, space = dict(self.stages), f"{self.key}.search.space"
         for option, value in setting.items():

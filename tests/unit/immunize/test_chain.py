@@ -13,6 +13,7 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 from immunize.chain import Chain
 from immunize.controls import WeightNoise
 from immunize.erase import EraseAgain
+from immunize.kappa.closed_form import KappaClosedForm
 from immunize.undo import Undo
 from lab.models.erase import Uce
 from lab.release.verify import same_weights
@@ -62,6 +63,12 @@ def test_resumed_equals_unbroken(save):
 def test_a_method_on_the_model_before_erasure_is_refused():
     with pytest.raises(ValidationError, match=r"methods\.undo: takes the model before erasure"):
         Chain(methods={"undo": Undo(), "noise": WeightNoise()})
+
+
+def test_a_chain_takes_what_all_its_methods_take():
+    assert Chain(methods={"noise": WeightNoise()}).accepts == {"diffusion"}
+    with pytest.raises(ValidationError, match="different kinds of models"):
+        Chain(methods={"kappa": KappaClosedForm(), "noise": WeightNoise()})
 
 
 def test_erasing_again_is_the_eraser_on_immunized_weights():

@@ -91,6 +91,13 @@ def test_without_a_record_nothing_is_known(other, tmp_path) -> None:
         method(tiny_diffusion(), _case(), seed=0, checkpoint=None, log=tiny.no_log)
 
 
+def test_a_corrected_record_of_the_training_asks_for_another_run(other, tmp_path) -> None:
+    method = OtherWeights(paths=(other,), eraser=_Recording())
+    before = method.fingerprint()
+    (tmp_path / "training.json").write_text(json.dumps({"recipe": {"never_seen": []}}))
+    assert method.fingerprint() != before
+
+
 def test_weights_of_another_architecture_are_refused(other) -> None:
     method = OtherWeights(paths=(other,), eraser=_Recording())
     model = tiny_diffusion()

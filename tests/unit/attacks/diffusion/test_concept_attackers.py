@@ -26,6 +26,7 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 
 from attacks.diffusion.curriculum import Curriculum
 from attacks.diffusion.image_conditioned import ControlNet
+from attacks.diffusion.interpolate import Interpolation
 from attacks.diffusion.lora import ConceptLora
 from attacks.diffusion.material import Material
 from attacks.diffusion.textual_inversion import TextualInversion
@@ -166,6 +167,15 @@ def test_words_of_a_curriculum_are_added_once_and_spoken_whole():
     )
     with pytest.raises(UserError, match="knows this word"):
         twice.dry_open(model(), task())
+
+
+def test_a_curriculum_runs_again_where_what_a_stage_reads_has_changed(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    move = Interpolation(name="c.move", base=str(tmp_path))
+    both = Curriculum(name="c", sampling=SAMPLING, stages={"move": {"attack": move}})
+    before = both.fingerprint()
+    (tmp_path / "model_index.json").write_text("{ }")
+    assert both.fingerprint() != before
 
 
 OPTIONS = [
