@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     """Draw the figures, or check them; return the exit code."""
     if arguments and arguments != ["--check"]:
         take_images(Path(arguments[0]))
-        (FIGURES / "first_run.png").unlink()
+        (FIGURES / "first_run.png").unlink(missing_ok=True)
     results = slowdowns("lite", METHODS)
     are_current = (
         is_current(FIGURES / "first_run.png", first_run_values(), draw_first_run),

@@ -137,7 +137,7 @@ class Utility(ImageMetric):
         own = case.sampling
         prompts, images = case.unrelated.prompts, case.unrelated.images
         if not prompts:
-            fix = "has no unrelated prompts, and eval.utility needs some."
+            fix = f"has no unrelated prompts, and eval.{self.name} needs some."
             raise UserError("scenario", case.name, fix)
         out = [Setting("", prompts, images, own)]
         for scale in dict.fromkeys(s for s in self.guidances if s != own.guidance):

@@ -90,10 +90,9 @@ def train(cfg: DictConfig) -> object:
     if cfg.get("train") is None:
         fix = "nothing to train is described: `python run.py experiment=train_minisd`."
         raise UserError("train", None, fix)
-    if cfg.threads is not None:
-        import torch  # takes seconds
+    from lab.models.devices import limit_threads  # torch takes seconds
 
-        torch.set_num_threads(cfg.threads)
+    limit_threads(cfg.threads)
     return pkgutil.resolve_name(f"{cfg.train._target_.rpartition('.')[0]}:run")(cfg)
 
 

@@ -1,4 +1,4 @@
-"""Choose the device that a configuration names."""
+"""Choose the device and the threads that a configuration names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ import torch
 from lab.core.errors import UserError
 
 _log = logging.getLogger(__name__)
+
+
+def limit_threads(threads: object) -> None:
+    """Let torch use so many threads; None leaves its own choice.
+
+    Raises:
+        UserError: no whole number ≥ 1.
+    """
+    if threads is not None:
+        if not isinstance(threads, int) or threads < 1:
+            raise UserError("threads", threads, "must be a whole number ≥ 1, or null.")
+        torch.set_num_threads(threads)
 
 
 def pick(key: str, name: object) -> torch.device:

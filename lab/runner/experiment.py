@@ -24,6 +24,7 @@ from lab.core.errors import Diverged, RunFailed, UserError, explain
 from lab.core.hashing import state_hash
 from lab.core.provenance import provenance
 from lab.core.types import Scores
+from lab.models.devices import limit_threads
 from lab.runner.assemble import assemble, check_cases, open_attacks
 from lab.runner.batch import relative
 from lab.runner.executors import Executor
@@ -366,10 +367,7 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
     Raises:
         UserError: a key that cannot work, parts that do not fit together, data that are missing.
     """
-    if cfg.threads is not None:
-        if not isinstance(cfg.threads, int) or cfg.threads < 1:
-            raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
-        torch.set_num_threads(cfg.threads)
+    limit_threads(cfg.threads)
     # `use_deterministic_algorithms` imports the whole compiler, which takes seconds
     torch.set_deterministic_debug_mode("warn")
     parts = assemble(cfg)

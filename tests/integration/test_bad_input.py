@@ -13,6 +13,7 @@ from tiny import linear_case, linear_classes
 from lab.cli.errors import report_error
 from lab.core.errors import UserError
 from lab.core.sources import ROOT
+from lab.models.devices import limit_threads
 from lab.runner.assemble import assemble, check_cases
 
 
@@ -46,6 +47,12 @@ def test_values_that_cannot_work_are_refused_when_the_run_is_put_together(argume
     with pytest.raises(UserError) as error:
         parts(*arguments)
     assert error.value.key == key
+
+
+@pytest.mark.parametrize("threads", [0, "two", 1.5])
+def test_a_number_of_threads_that_cannot_be_is_refused(threads):
+    with pytest.raises(UserError, match="threads="):
+        limit_threads(threads)
 
 
 @pytest.fixture
