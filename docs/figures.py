@@ -13,7 +13,6 @@ Fenced blocks are left alone.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import functools
 import re
@@ -276,12 +275,10 @@ def plain_attacks() -> str:
     ``docs/examples/score_plain_attack.py`` writes.
     """
     rows: dict[tuple[str, str], list[str]] = {}
-    with (ROOT / "docs/examples/plain_attacks.csv").open(newline="") as file:
-        for line in csv.DictReader(file):
-            numbers = {k: float(line[k]) if line[k] else None for k in ("value", "low", "high")}
-            show = "ratio interval" if "ratio" in line["figure"] else "value"
-            text = score_text({**numbers, "bound": line["bound"] or None}, show)
-            rows.setdefault((line["attack"], line["concept"]), []).append(text)
+    table = pd.read_csv(ROOT / "docs/examples/plain_attacks.csv").replace({np.nan: None})
+    for line in table.to_dict("records"):
+        text = score_text(line, "ratio interval" if "ratio" in line["figure"] else "value")
+        rows.setdefault((line["attack"], line["concept"]), []).append(text)
     head = ["Attack, weights", "Target", "Baseline, steps", "Immunized, steps", "Slowdown"]
     return markdown([head, *([*key, *cells] for key, cells in rows.items())])
 

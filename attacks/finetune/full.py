@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -117,7 +116,7 @@ class _Network:
         self.attack, self.task, self.seed = attack, task, seed
         self.loss_name, self.centre = attack.resolve_loss(task), _CENTRES[attack.optimizer]
         self.dtype = torch.float64 if model.kind == "linear" else torch.float32
-        self.net = copy.deepcopy(model).to(self.dtype).requires_grad_(False)
+        self.net = model.copy().to(self.dtype).requires_grad_(False)
         self.moving = attack.open(self.net, seed)
         self.train_x, self.test_x = (
             prefix(model, split.x, self.moving.start) for split in (task.train, task.test)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attacks.probes.problem import Problem, Squared, softmax_curvature
+from lab.core.solvers import Tensors, conjugate_gradients
 from lab.core.training import restore_state, state_tensors
 
 _HISTORY = 10  # pairs that L-BFGS keeps (torch.optim.LBFGS keeps 100, scipy 10)
@@ -239,12 +240,12 @@ class Newton(LineSearch):
         penalty = self.problem.ridge * self.scale.square()[:, None]
         prob = torch.softmax(self.problem.z @ self.w, 1)
 
-        def product(q: Tensor) -> Tensor:
-            curvature = softmax_curvature(prob, self.white @ q)
-            return self.white.T @ curvature / self.problem.n + penalty * q
+        def product(x: Tensors) -> Tensors:
+            curvature = softmax_curvature(prob, self.white @ x["q"])
+            return {"q": self.white.T @ curvature / self.problem.n + penalty * x["q"]}
 
         tolerance = min(0.1, math.sqrt(float(b.norm()) / self.start))
-        return self.map @ _conjugate_gradients(product, b, tolerance)
+        return self.map @ conjugate_gradients(product, {"q": b}, _CG_STEPS, tolerance)[0]["q"]
 
 
 class LowRank(LineSearch):
@@ -273,25 +274,6 @@ def newton_optimum(problem: Problem) -> Tensor:
             break
         newton.step()
     return newton.w
-
-
-def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], b: Tensor, tolerance: float
-) -> Tensor:
-    """Solve product(x) = b to a relative residual of ``tolerance``, or as far as 20 steps lead."""
-    x, r = torch.zeros_like(b), b.clone()
-    p, square = r.clone(), float(r.square().sum())
-    target = tolerance**2 * square
-    for _ in range(_CG_STEPS):
-        q = product(p)
-        curvature = float((p * q).sum())
-        if square <= target or curvature <= 0:
-            break
-        alpha = square / curvature
-        x, r = x + alpha * p, r - alpha * q
-        new = float(r.square().sum())
-        p, square = r + (new / square) * p, new
-    return x if bool(x.any()) else b
 
 
 class KFAC(LineSearch):

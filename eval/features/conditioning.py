@@ -29,12 +29,10 @@ from eval.stats.aggregate import (
 )
 from eval.stats.intervals import POSITIVE, SHARE, Better, joined, score_samples
 from lab.core.condition import (
-    PRECONDITIONERS,
     Bound,
     Definition,
-    condition_number,
+    kappa_and_rank,
     numerical_rank,
-    precondition,
     rank_tolerance,
     relative_immunization_ratio,
     rir_bound,
@@ -77,16 +75,7 @@ def compute_condition_number(
     Raises:
         ValueError: numbers that are not finite, or a zero matrix.
     """
-    values, ranks = [], []
-    if definition in PRECONDITIONERS:
-        groups, definition = [precondition(x, definition)[0] for x in groups], "rank"
-    for x in groups:
-        s = singular_values(x)
-        ranks.append(_rank(s, x))
-        if definition == "rank" and ranks[-1] > 0:  # no second decomposition
-            values.append(float((s[0] / s[ranks[-1] - 1]) ** 2))
-        else:
-            values.append(condition_number(x, definition, ridge=ridge))
+    values, ranks = zip(*(kappa_and_rank(x, definition, ridge) for x in groups), strict=True)
     if not all(map(math.isfinite, values)):
         raise ValueError(f"κ ({definition}) is not finite: {values}")
     mean = statistics.fmean(values)
@@ -220,12 +209,9 @@ class Conditioning(RunMetric):
 def _spectrum(x: Tensor) -> list[Row]:
     """Return singular values over the largest one, up to the numerical rank."""
     s = singular_values(x)
-    s = s[: max(_rank(s, x), 1)] / s[0]
+    rank = numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype))
+    s = s[: max(rank, 1)] / s[0]
     return [{"index": i + 1, "value": v} for i, v in thin(s.tolist())]
-
-
-def _rank(s: Tensor, x: Tensor) -> int:
-    return numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype))
 
 
 def _bound(baseline: FeatureModel, benign: Task, harmful: Task) -> Bound:

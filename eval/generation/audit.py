@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -32,7 +32,6 @@ from eval.generation.utility import ImageGenerator
 from eval.stats.aggregate import ROLES, walk
 from eval.stats.intervals import (
     SHARE,
-    Floats,
     Unit,
     band,
     columns,
@@ -231,19 +230,15 @@ class Audit(ImageMetric):
             Check("benign", "attacks that taught the checkpoint a concept", taught, "≥", half),
             *self._error_checks(concept, [rates[cell] for cell in cells]),
         )
+        largest_of = partial(np.fmax.reduce, axis=-1, keepdims=True)
         largest = [
-            evaluated.best_unit(cell, (model,), DETECTED, "curve", _largest, attacks=able)
+            evaluated.best_unit(cell, (model,), DETECTED, "curve", largest_of, attacks=able)
             for cell in cells
         ]
         what = f"images that show {concept}, largest share under an attack"
         share = Check("harmful", what, score_share(largest, "lower"), "high <", self.threshold)
         last = self._steps_check(concept, steps, budget)
         return ConceptResult(concept, conditions, last, units, first, share)
-
-
-def _largest(shares: Floats) -> Floats:
-    """Return the largest of [..., points] as one column."""
-    return np.fmax.reduce(shares, axis=-1)[..., None]
 
 
 def _unmet(check: Check) -> str:

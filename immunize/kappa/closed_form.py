@@ -4,7 +4,6 @@ decomposition each.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Annotated, ClassVar
 
@@ -60,7 +59,7 @@ class KappaClosedForm(Immunizer):
     def __call__(
         self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
     ) -> FeatureModel:
-        result = copy.deepcopy(model)
+        result = model.copy()
         weight = next(result.parameters())
         benign, *harmful = (model.inputs(task.train.x) for task in case.tasks)
         theta0 = weight.detach().clone()

@@ -8,7 +8,6 @@ task, `add` takes gradients with respect to them, and `finish` leaves the sum in
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -121,24 +120,18 @@ class Head:
 
     def loss(self, y: Tensor, rows: Tensor) -> tuple[float, Tensor, Tensor]:
         """Return the mean loss, its gradient with respect to features [n, d] and to w [d, c]."""
-        n = len(rows)
-        target = self.targets[rows]
-        out = y @ self.w
-        if self.regression:
-            residual = out - target.to(torch.float64)[:, None]
-            value = residual.square().mean() / 2
-            slope = residual / n
-        else:
-            value = F.cross_entropy(out, target)
-            slope = (out.softmax(1) - F.one_hot(target, self.classes)) / n
-        return float(value), slope @ self.w.T, y.T @ slope
+        with torch.enable_grad():
+            y, w = y.detach().requires_grad_(), self.w.detach().requires_grad_()
+            value = self.value(y, rows, w)
+        by_y, by_w = torch.autograd.grad(value, (y, w))
+        return float(value.detach()), by_y, by_w
 
-    def value(self, y: Tensor, rows: Tensor, w: Tensor) -> Tensor:
+    def value(self, y: Tensor, rows: Tensor | slice, w: Tensor) -> Tensor:
         """Return the mean loss of a head ``w`` on features, for automatic differentiation."""
-        target = self.targets[rows]
+        targets = self.targets[rows]
         if self.regression:
-            return (y @ w - target.to(torch.float64)[:, None]).square().mean() / 2
-        return F.cross_entropy(y @ w, target)
+            return (y @ w - targets.to(torch.float64)[:, None]).square().mean() / 2
+        return F.cross_entropy(y @ w, targets)
 
     @staticmethod
     def lipschitz(y: Tensor) -> float:
@@ -157,22 +150,16 @@ class Head:
         L-BFGS.
         """
         y = y.to(torch.float64)
-        n, d = y.shape
-        ridge = FIT_RIDGE * self.lipschitz(y) * n
+        ridge = FIT_RIDGE * self.lipschitz(y) * len(y)
         if self.regression:
-            target = self.targets.to(torch.float64)[:, None]
-            eye = torch.eye(min(n, d), dtype=torch.float64)
-            if n < d:
-                self.w = y.T @ torch.linalg.solve(y @ y.T + ridge * eye, target)
-            else:
-                self.w = torch.linalg.solve(y.T @ y + ridge * eye, y.T @ target)
+            self.w = preconditioned_step(y, self.targets.to(torch.float64)[:, None], ridge)
             return
         w = self.w.clone().requires_grad_(True)
         optimizer = torch.optim.LBFGS([w], max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            value = F.cross_entropy(y @ w, self.targets) + ridge / n / 2 * w.square().sum()
+            value = self.value(y, slice(None), w) + ridge / len(y) / 2 * w.square().sum()
             value.backward()
             return value
 
@@ -190,7 +177,7 @@ class LinearEngine:
 
     def __init__(self, model: FeatureModel, case: Case, layers: Sequence[str] | int | None) -> None:
         resolve_layers(model, layers)
-        self._model = copy.deepcopy(model)
+        self._model = model.copy()
         inputs = [self._model.inputs(task.train.x) for task in case.tasks]
         theta = next(self._model.parameters()).detach()
         self._active = torch.stack([(x != 0).any(0) for x in inputs]).any(0)
@@ -254,7 +241,7 @@ class LinearEngine:
     @torch.no_grad()
     def export(self) -> FeatureModel:
         """Return an independent model with the parameters as they are now."""
-        model = copy.deepcopy(self._model)
+        model = self._model.copy()
         weight = next(model.parameters())
         rows = weight[self._active]
         rows[:, self._columns] = self.theta
@@ -272,7 +259,7 @@ class DeepEngine:
     """
 
     def __init__(self, model: FeatureModel, case: Case, layers: Sequence[str] | int | None) -> None:
-        self._model = copy.deepcopy(model).requires_grad_(False)
+        self._model = model.copy().requires_grad_(False)
         moving = resolve_layers(model, layers)
         self._start = moving[0]
         self.parameters = [p for i in moving for p in self._model.blocks[i].parameters()]
@@ -318,7 +305,7 @@ class DeepEngine:
         return torch.cat([self._run(part) for part in self._inputs[task].split(CHUNK)])
 
     def export(self) -> FeatureModel:
-        return copy.deepcopy(self._model).requires_grad_(True)
+        return self._model.copy().requires_grad_(True)
 
 
 def resolve_layers(model: FeatureModel, layers: Sequence[str] | int | None) -> list[int]:
@@ -346,7 +333,7 @@ def blocks_by_gradient(model: FeatureModel, case: Case) -> list[str]:
     fitted to its features; L are mean losses over all training rows, and of several harmful tasks
     the largest norm counts.
     """
-    net = copy.deepcopy(model).requires_grad_(True)
+    net = model.copy().requires_grad_(True)
     blocks = dict(zip(net.block_names, net.blocks, strict=True))
     squares: dict[str, list[float]] = {name: [] for name in blocks}
     for task in case.tasks:
@@ -382,6 +369,9 @@ class KappaTrainer(ABC):
         if options.layer_choice == "gradient":
             count = len(resolve_layers(model, layers))
             layers = blocks_by_gradient(model, case)[:count]
+            if len(layers) < count:
+                fix = f"the harmful loss has a gradient in {len(layers)} blocks only."
+                raise UserError("immunize.layers", count, fix)
         self.engine: LinearEngine | DeepEngine = kind(model, case, layers)
         rows = len(case.benign.train)
         self.steps = options.steps or options.epochs * (rows // min(options.batch_size, rows))

@@ -38,9 +38,9 @@ from immunize.mima.inner_loop import InnerLoop, Trace
 from lab.core.config import Count, Flag, Positive, options
 from lab.core.distributed import ALONE, Team
 from lab.core.errors import Diverged
+from lab.core.solvers import Solution, axpy, conjugate_gradients, dot
 
 OuterLoss = Callable[[Params, int], Tensor]
-Solution = tuple[Params, dict[str, Any]]
 
 
 @options
@@ -145,19 +145,12 @@ def hypergradient(
     return HypergradientResult(gradient, merged, drop, cosine, info)
 
 
-def _dot(left: Params, right: Params) -> float:
-    return sum(float((x.double() * right[name].double()).sum()) for name, x in left.items())
-
-
 def compute_cosine(left: Params, right: Params) -> float:
     """Return the cosine of the angle between two sets of tensors with equal names; nan if either is
     0.
     """
-    dot = ll = rr = 0.0
-    for name, x in left.items():
-        a, b = x.double().flatten(), right[name].double().flatten()
-        dot, ll, rr = dot + float(a @ b), ll + float(a @ a), rr + float(b @ b)
-    return dot / (ll * rr) ** 0.5 if ll > 0 and rr > 0 else float("nan")
+    size = (dot(left, left) * dot(right, right)) ** 0.5
+    return dot(left, right) / size if size > 0 else float("nan")
 
 
 def _adapt(
@@ -258,50 +251,19 @@ def _transpose(
 # ── implicit differentiation
 
 
-def _axpy(a: float, x: Params, y: Params) -> Params:
-    return {name: a * x[name] + y[name] for name in y}
-
-
-def conjugate_gradients(
-    apply: Callable[[Params], Params], v: Params, iterations: int, tolerance: float
-) -> Solution:
-    """Return a with (I + H/ρ) a ≈ v; stop, and say so, at a direction of curvature ≤ 0, where the
-    system is no minimum.
-    """
-    norm = _dot(v, v)
-    a = {name: torch.zeros_like(x) for name, x in v.items()}
-    r, p, rr = dict(v), dict(v), norm
-    done, negative = 0, False
-    while done < iterations and norm > 0 and rr > tolerance**2 * norm:
-        q = apply(p)
-        curvature = _dot(p, q)
-        if curvature <= 0:
-            negative = True
-            if done == 0:  # no descent at all: the identity, that is the first-order gradient
-                a = dict(v)
-            break
-        step = rr / curvature
-        a, r = _axpy(step, p, a), _axpy(-step, q, r)
-        before, rr = rr, _dot(r, r)
-        p = _axpy(rr / before, p, r)
-        done += 1
-    residual = (rr / norm) ** 0.5 if norm > 0 else 0.0
-    return a, {"iterations": done, "residual": residual, "negative_curvature": negative}
-
-
 def neumann_series(
     apply: Callable[[Params], Params], v: Params, iterations: int, tolerance: float
 ) -> Solution:
     """Return Σ_j (−H/ρ)^j v up to ``iterations`` terms after the first; ``residual`` is the norm of
     the next one ÷ ‖v‖.
     """
-    norm = _dot(v, v)
+    norm = dot(v, v)
     a, term, size = dict(v), dict(v), norm
     done = 0
     while done < iterations and size > tolerance**2 * norm:
-        term = _axpy(-1.0, apply(term), term)  # −H/ρ term
-        size = _dot(term, term)
-        a = _axpy(1.0, term, a)
+        term = axpy(-1.0, apply(term), term)  # −H/ρ term
+        size = dot(term, term)
+        a = axpy(1.0, term, a)
         done += 1
     residual = (size / norm) ** 0.5 if norm > 0 else 0.0
     return a, {"iterations": done, "residual": residual, "negative_curvature": False}
@@ -325,13 +287,13 @@ def solve_implicit(
     loss, rho = partial(problem.objective, 0), problem.rho
 
     def apply(d: Params) -> Params:
-        return _axpy(1 / rho, hessian_product(loss, {}, phi, d, list(phi))[1], d)
+        return axpy(1 / rho, hessian_product(loss, {}, phi, d, list(phi))[1], d)
 
     method = conjugate_gradients if options.solver == "cg" else neumann_series
     a, facts = method(apply, inner, options.iterations, options.tolerance)
     _, slope = compute_gradients(partial(loss, {}), phi)
-    left = _axpy(rho, {x: phi[x] - problem.theta[x] for x in phi}, slope)
-    facts["stationarity"] = (_dot(left, left) / max(_dot(slope, slope), 1e-300)) ** 0.5
+    left = axpy(rho, {x: phi[x] - problem.theta[x] for x in phi}, slope)
+    facts["stationarity"] = (dot(left, left) / max(dot(slope, slope), 1e-300)) ** 0.5
     if theta:
         by_theta, _ = hessian_product(loss, theta, phi, a, [])
         outer |= {x: outer[x] - h / rho for x, h in by_theta.items()}

@@ -231,10 +231,7 @@ def _with_weights(
     result = model.copy()
     state = result.unet.state_dict()
     for name, weight in weights.items():
-        trained = weight.detach().to(state[name])
-        if interpolation < 1:
-            trained = torch.lerp(state[name], trained, interpolation)
-        state[name] = trained
+        state[name] = torch.lerp(state[name], weight.detach().to(state[name]), interpolation)
     result.unet.load_state_dict(state)
     return result
 

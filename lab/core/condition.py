@@ -57,13 +57,15 @@ def numerical_rank(
     return int((s > relative * s[:1]).sum())
 
 
-def condition_number(
-    x: Tensor,
-    definition: Definition = "rank",
-    *,
-    ridge: float = 0.0,
-) -> float:
-    """Return κ(XᵀX) of ``x`` [n, d].
+def condition_number(x: Tensor, definition: Definition = "rank", *, ridge: float = 0.0) -> float:
+    """Return the κ of `kappa_and_rank`."""
+    return kappa_and_rank(x, definition, ridge)[0]
+
+
+def kappa_and_rank(
+    x: Tensor, definition: Definition = "rank", ridge: float = 0.0
+) -> tuple[float, int]:
+    """Return κ(XᵀX) of ``x`` [n, d] and the numerical rank.
 
     Args:
         x: data or features. Integers and float32 are converted; float32 keeps its own rounding in
@@ -82,8 +84,6 @@ def condition_number(
     """
     if not bool(torch.isfinite(x).all()):
         raise ValueError("a condition number needs finite numbers")
-    if definition == "release":
-        return _release_condition_number(x)
     if definition in PRECONDITIONERS:
         x = precondition(x, definition)[0]
         definition = "rank"
@@ -92,9 +92,11 @@ def condition_number(
     if rank == 0:
         raise ValueError("the condition number of a zero matrix is undefined")
     if definition == "rank":
-        return float((s[0] / s[rank - 1]) ** 2)
-    smallest = float(s[-1]) ** 2 if rank == x.shape[1] else 0.0
-    return (float(s[0]) ** 2 + ridge) / (smallest + ridge) if smallest + ridge > 0 else math.inf
+        return float((s[0] / s[rank - 1]) ** 2), rank
+    if definition == "release":
+        return _release_condition_number(x), rank
+    smallest = (float(s[-1]) ** 2 if rank == x.shape[1] else 0.0) + ridge
+    return (float(s[0]) ** 2 + ridge) / smallest if smallest > 0 else math.inf, rank
 
 
 def precondition(y: Tensor, optimizer: Preconditioner) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

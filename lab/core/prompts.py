@@ -25,26 +25,24 @@ def in_turn(items: Sequence[Item], count: int) -> list[Item]:
     return [items[i % len(items)] for i in range(count)]
 
 
-def text(key: str, value: object) -> str:
-    """Return ``value`` without white space at its ends, when it can be a part of a prompt.
+def texts(key: str, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return prompts without white space at their ends, each once.
 
-    Config classes declare a `lab.core.config.Prompt` instead.
+    Config classes declare `lab.core.config.Prompts` instead.
 
     Args:
-        key: config key that it comes from, for the message.
+        key: config key that they come from, for the message.
 
     Raises:
-        UserError: no text, an empty one, or one with control characters.
+        UserError: an empty one, or one with control characters.
     """
-    try:
-        return plain_line(value if isinstance(value, str) else "")
-    except ValueError as error:
-        raise UserError(key, repr(value), f"{error}.") from None
-
-
-def texts(key: str, value: Sequence[object]) -> tuple[str, ...]:
-    """Return a list of prompts, each once; raises as `text` does."""
-    return tuple(dict.fromkeys(text(f"{key}[{i}]", item) for i, item in enumerate(value)))
+    lines: dict[str, None] = {}
+    for i, prompt in enumerate(prompts):
+        try:
+            lines[plain_line(prompt)] = None
+        except ValueError as error:
+            raise UserError(f"{key}[{i}]", repr(prompt), f"{error}.") from None
+    return tuple(lines)
 
 
 def refuse_special(key: str, prompts: Iterable[str], tokenizers: Iterable[Any]) -> None:

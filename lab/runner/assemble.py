@@ -94,6 +94,9 @@ def _build(config: Any, key: str, scorers: dict[str, Any]) -> Part:
         obj = instantiate(config, _convert_="all", **shared)
     except InstantiationException as error:
         raise _refused(error, config, key) from error.__cause__
+    if isinstance(obj, Method) and "." in key and obj.name != key.partition(".")[2]:
+        fix = "is not the key that its options stand under; give both the same name."
+        raise UserError(f"{key}.name", obj.name, fix)
     sources = {name: source_hash(name.rpartition(".")[0]) for name in find_targets(plain)}
     joined = next(iter(sources.values())) if len(sources) == 1 else stage_key(**sources)
     if shared:  # retrained scorers give other results
@@ -248,19 +251,12 @@ def _attacks(parts: dict[str, Part]) -> dict[str, Part]:
     """Return the attacks, those that stand for several ones replaced by these."""
     attacks: dict[str, Part] = {}
     for name, part in parts.items():
-        _check_name(f"attacks.{name}", part.obj)
         variants = part.obj.variants() if isinstance(part.obj, Attacker) else {}
         attacks |= {
             key: Part(attack, part.config | options, part.sources)
             for key, (attack, options) in variants.items()
         } or {name: part}
     return attacks
-
-
-def _check_name(key: str, method: Any) -> None:
-    if isinstance(method, Method) and method.name != key.partition(".")[2]:
-        fix = "is not the key that its options stand under; give both the same name."
-        raise UserError(f"{key}.name", method.name, fix)
 
 
 # kind of model → an experiment on such models, for an error message
@@ -292,8 +288,6 @@ def check_fit(parts: Parts) -> None:
             "backbone", backbone.name, f"{fix}{' or '.join(sorted(scenario.provides))}."
         )
     for key, method, _ in contracts[2:]:
-        if key.startswith("eval."):
-            _check_name(key, method)
         if backbone.kind not in method.accepts:
             fix = (
                 f"takes {' or '.join(sorted(method.accepts))} models, "

@@ -34,8 +34,8 @@ from lab.minisd.world.vocabulary import (
     OBJECTS,
     PHOTO,
     ROLES,
+    STYLE,
     STYLE_NAMES,
-    STYLES,
     THING,
 )
 from lab.minisd.world.world import Picture, Subset
@@ -47,7 +47,6 @@ Side = Annotated[int, Field(strict=True, ge=8, multiple_of=8)]
 Families = Annotated[
     tuple[Literal["name", "description", "reworded", "unseen_pairs", "unrelated"], ...], AsList
 ]
-_STYLES = frozenset(s.name for s in STYLES)
 _HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
 _PLAIN_SHARE = 0.4  # photos among the images to keep; the rest are in the styles that no role has
 _SomeNames = Annotated[Names, Field(min_length=1)]
@@ -148,7 +147,7 @@ class Studio:
             self.draw(world.concept(name), sizes[part], words.caption, name, part)
             for part in ("own", "train", "reference")
         )
-        painted = name in _STYLES
+        painted = name in STYLE
         make = words.style_prompts if painted else words.object_prompts
         return Concept(
             name,
@@ -167,7 +166,7 @@ class Studio:
         others of its class.
         """
         left = rest(taken)
-        if name in _STYLES:
+        if name in STYLE:
             subset = Subset(
                 left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
             )

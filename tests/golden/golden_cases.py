@@ -24,7 +24,7 @@ from lab.core.sources import ROOT
 from lab.core.types import BASELINE, IMMUNIZED, Budget
 from lab.minisd.world import openmoji, scenes, world
 from lab.minisd.world.dice import Dice
-from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLE, STYLES
+from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLE
 
 VALUES = ROOT / "tests" / "golden" / "values.json"
 RECORDS = ROOT / "outputs" / "records" / "house_price_table"  # committed results of the real table
@@ -222,7 +222,7 @@ def study(name):
 @cache
 def computations():
     """Return every computation by its key."""
-    found = {f"world/{name}": partial(painted, name) for name in (PHOTO, *(s.name for s in STYLES))}
+    found = {f"world/{name}": partial(painted, name) for name in (PHOTO, *STYLE)}
     for group in ("immunize", "erase", "attacks"):
         for name in presets(group):
             for kind in kinds(group, name):

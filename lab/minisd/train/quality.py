@@ -144,10 +144,8 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
         ``generation_rates``; ``destroyed``, what the detector makes of images of destroyed copies
         (`blind`); ``frechet`` with its ``floor``. Scorers: ``detector``, ``clip`` (zero-shot).
     """
-    sampling, count = (
-        Sampling(steps=8),
-        16 * scale,
-    )  # as the scenarios (tests/benchmarks/sampling.py)
+    sampling = Sampling(steps=8)  # as the scenarios (tests/benchmarks/sampling.py)
+    count = 16 * scale
     clip, detector = OpenClip(name=str(scorers / "clip")), load_detector(scorers / "detector")
     features = FeatureScorer(image_size=128).features  # as conf/scorers/minisd.yaml
     all_prompts: dict[Head, dict[str, list[str]]] = {

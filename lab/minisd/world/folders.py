@@ -22,14 +22,12 @@ from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.images import SUFFIXES, expand_path, read_image, stack
 
 METADATA = "metadata.csv"
-_SUFFIXES = SUFFIXES | {".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class ConceptFolder:
     """What a folder holds: images uint8 [n, 3, size, size] and one row of metadata each."""
 
-    path: Path
     images: Tensor
     rows: tuple[dict[str, str], ...]
 
@@ -80,19 +78,15 @@ def read(
     with a warning.
 
     Args:
-        size: side of the images in pixels, a multiple of 8.
+        size: side of the images in pixels.
         select: only rows with these values, for example ``{"object": "fox", "style": "mosaic"}``.
         key: the config key that errors name.
 
     Raises:
         UserError: no such folder, no image in it, a path that leaves it, an image that cannot be
-            read or is too large, broken metadata, an unknown ``select`` (with the nearest values),
-            a size that no model takes.
+            read or is too large, broken metadata, an unknown ``select`` (with the nearest values).
     """
     folder = expand_path(key, folder)
-    if size < 8 or size % 8:
-        fix = "must be a multiple of 8, as latents are 8 (or 4) times smaller"
-        raise UserError("resolution", size, fix)
     if not folder.is_dir():
         raise UserError(key, folder, "this folder does not exist; set the key to one with images")
     rows = _rows(folder, key)
@@ -103,14 +97,14 @@ def read(
             raise UserError(key, folder, f"no image with {column}={value}; {hint}")
         rows = [row for row in rows if row.get(column) == value]
     images = [read_image(folder / row["file_name"], size, key, draft=False) for row in rows]
-    return ConceptFolder(folder, stack(images), tuple(rows))
+    return ConceptFolder(stack(images), tuple(rows))
 
 
 def _rows(folder: Path, key: str) -> list[dict[str, str]]:
     """Return the table of a folder, or one made of its file names, with a text in every row."""
     name = folder.resolve().name.replace("_", " ").replace("-", " ").strip()
     files = (p for p in folder.iterdir() if not p.name.startswith("."))
-    present = sorted(p.name for p in files if p.suffix.lower() in _SUFFIXES)
+    present = sorted(p.name for p in files if p.suffix.lower() in SUFFIXES)
     rows = [{"file_name": file, "text": "", "object": name} for file in present]
     if (folder / METADATA).exists():
         rows = _table(folder, key)

@@ -124,13 +124,13 @@ def _parse_styles() -> tuple[Style, ...]:
     return tuple(styles)
 
 
-THINGS: tuple[Thing, ...] = _parse()
-STYLES: tuple[Style, ...] = _parse_styles()
-OBJECTS: tuple[str, ...] = tuple(t.name for t in THINGS if not t.held_out)
-HELD_OUT_OBJECTS: tuple[str, ...] = tuple(t.name for t in THINGS if t.held_out)
-STYLE_NAMES: tuple[str, ...] = tuple(s.name for s in STYLES if not s.held_out)
-HELD_OUT_STYLES: tuple[str, ...] = tuple(s.name for s in STYLES if s.held_out)
-CATEGORIES: tuple[str, ...] = tuple(dict.fromkeys(t.category for t in THINGS))
+THING: dict[str, Thing] = {thing.name: thing for thing in _parse()}
+STYLE: dict[str, Style] = {style.name: style for style in _parse_styles()}  # `PHOTO` is none
+OBJECTS: tuple[str, ...] = tuple(t.name for t in THING.values() if not t.held_out)
+HELD_OUT_OBJECTS: tuple[str, ...] = tuple(t.name for t in THING.values() if t.held_out)
+STYLE_NAMES: tuple[str, ...] = tuple(s.name for s in STYLE.values() if not s.held_out)
+HELD_OUT_STYLES: tuple[str, ...] = tuple(s.name for s in STYLE.values() if s.held_out)
+CATEGORIES: tuple[str, ...] = tuple(dict.fromkeys(t.category for t in THING.values()))
 # one pair in ten, spread evenly over objects and styles: no style and no category loses more than
 # its share
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
@@ -139,8 +139,6 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
     for j, s in enumerate(STYLE_NAMES)
     if (i + 3 * j) % 10 == 0
 )
-THING: dict[str, Thing] = {t.name: t for t in THINGS}
-STYLE: dict[str, Style] = {s.name: s for s in STYLES}  # `PHOTO` is none
 # what a concept may be used for: test, validation, rehearsal; others have no entry
 ROLES: dict[str, str] = {
     name.strip(): role for role, names in _ROLES.items() for name in names.split(",")

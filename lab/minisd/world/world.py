@@ -50,7 +50,7 @@ class Subset:
     """Which pictures may be drawn.
 
     Attributes:
-        objects: names of `lab.minisd.world.vocabulary.THINGS`.
+        objects: names of `lab.minisd.world.vocabulary.THING`.
         styles: names of styles; `PHOTO` among them for pictures that no artist touched.
         pairs: object × style pairs that MiniSD's training holds back are left out (``seen``), the
             only ones (``unseen``), or not minded (``all``). Photos are never held back.

@@ -1,7 +1,5 @@
 """An immunization method: whiten the benign task by a chosen amount."""
 
-import copy
-
 import torch
 
 from lab.core.condition import condition_number, range_basis
@@ -38,7 +36,7 @@ class PartialWhitening(Immunizer):
             raise UserError(
                 "scenario", case.name, f"has rank {len(s)} of {x.shape[1]}; drop columns first."
             )
-        result = copy.deepcopy(model)
+        result = model.copy()
         with torch.no_grad():
             result.theta.copy_((basis * s**-self.power) @ basis.T @ model.theta)
             for step, extractor in enumerate((model, result)):

@@ -71,6 +71,14 @@ def test_layers_that_the_model_lacks_are_refused():
         immunize(MAKERS["kappa"](layers=4, layer_choice="gradient"), deep_case(), TinyNet())
 
 
+def test_more_layers_than_have_a_gradient_are_refused():
+    model = TinyNet()
+    model.blocks.append(torch.nn.Tanh())
+    model.block_names = (*model.block_names, "without weights")
+    with pytest.raises(UserError, match=r"immunize\.layers=4.*3 blocks"):
+        immunize(MAKERS["kappa"](layers=4, layer_choice="gradient"), deep_case(), model)
+
+
 @pytest.mark.parametrize("layers", [None, ["last"]])
 @pytest.mark.parametrize("maker", ["kappa", "imma"])
 def test_a_choice_of_layers_needs_a_count(maker, layers):

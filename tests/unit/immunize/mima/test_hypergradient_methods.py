@@ -17,12 +17,12 @@ from immunize.gradients import (
 from immunize.merge.closed_form import Merge
 from immunize.mima.hypergradient import (
     HypergradientResult,
-    conjugate_gradients,
     neumann_series,
 )
 from immunize.mima.inner_loop import InnerLoopOptions
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
+from lab.core.solvers import conjugate_gradients
 
 SGD3 = InnerLoopOptions(lr=0.3, steps=3)
 

@@ -29,7 +29,7 @@ from lab.minisd.train.networks import (
 )
 from lab.minisd.train.text import TextImageNetwork, train_text
 from lab.minisd.world import captions as world_captions
-from lab.minisd.world.vocabulary import PHOTO, STYLES, THINGS
+from lab.minisd.world.vocabulary import PHOTO, STYLE, THING
 from lab.minisd.world.world import TRAINING, Subset, sample
 
 SHORT = Schedule(steps=12, batch=1, lr=0.1, warmup=3, weight_decay=0.5, ema=0.9, clip=1.0)
@@ -394,10 +394,10 @@ def world_prompts() -> list[str]:
     """Every single-object caption of the world: all things, all styles (photo included), all ways
     to ask.
     """
-    styles = (PHOTO, *(s.name for s in STYLES))
+    styles = (PHOTO, *STYLE)
     return [
         text
-        for thing in THINGS
+        for thing in THING.values()
         for style in styles
         for by in ("name", "description", "both")
         for text in world_captions.prompts(world_captions.noun(thing.name), style, by)
