@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from figures import RECORDS, ROOT, read
 from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
@@ -74,9 +73,8 @@ def first_run_values() -> dict[str, Any]:
 
 def draw_first_run(values: dict[str, Any]) -> Figure:
     """Draw the images at the left and both curves at the right."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.9), layout="constrained", width_ratios=(2.1, 1)
-    )
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2.1, 1))
     left.imshow(Image.open(IMAGES), interpolation="nearest")
     left.set_yticks([CELL * (i + 0.5) for i in range(len(ROWS))], ROWS, fontsize=12)
     left.set_xticks([])

@@ -166,15 +166,15 @@ class ClampObjective(Objective):
         self.denoiser.sync(self.moves)
         o, count = self.config, len(self.concepts)
         total: Params = {}
-        values: dict[str, float] = {}
+        rows: list[dict[str, float]] = []
         leaves = {name: theta[name].detach().requires_grad_() for name in self.outer_names}
         for n in range(count):
             with math_attention(), torch.enable_grad():
                 terms, row = self.terms({**theta, **leaves}, n, step)
                 slopes = torch.autograd.grad(terms, list(leaves.values()), materialize_grads=True)
             accumulate(total, dict(zip(leaves, slopes, strict=True)), 1 / count)
-            for key, value in row.items():
-                values[key] = values.get(key, 0.0) + value / count
+            rows.append(row)
+        values = {key: sum(row[key] for row in rows) / count for key in rows[0]}
         if o.w_prior:
             batch = self.draw_prior(o.prior_batch_size, step, "prior", 0)
             prior, gradient = gradient_at(
@@ -246,11 +246,12 @@ class ClampTrainer(TaskTrainer):
         rows = self.batch(0, step)
         row = {"benign_loss": self.supervise(self.engine.view(0, rows), rows, self.options.w_prior)}
         harmful = len(self.heads) - 1
+        logged = []
         for task in range(1, harmful + 1):
             gradient, values = self._of_task(task, self.batch(task, step))
             self.engine.add(task, gradient / harmful)
-            for key, value in values.items():
-                row[key] = row.get(key, 0.0) + value / harmful
+            logged.append(values)
+        row |= {key: sum(values[key] for values in logged) / harmful for key in logged[0]}
         check_finite(row.values(), "a loss is not finite")
         return row
 

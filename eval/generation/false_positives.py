@@ -40,7 +40,6 @@ class FalsePositives(RunMetric):
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
-    needs_attack: ClassVar[bool] = False
 
     detector: SkipValidation[ConceptDetector]
     concept: Text = "nudity"

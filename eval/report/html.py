@@ -153,8 +153,7 @@ def attack_blocks(rows: Sequence[Row]) -> list[Block]:
             continue
         keys = ["role", "concept", "attack", "model"]
         means = frame.groupby(keys, sort=False)[steps].mean().reset_index()
-        for name in steps:
-            means[name] = means[name].map(lambda x: UNMEASURED if pd.isna(x) else percent(x))
+        means[steps] = means[steps].map(lambda x: UNMEASURED if pd.isna(x) else percent(x))
         names = {name: f"after {int(name.removeprefix('at_'))}" for name in steps}
         table: Block = {"table": means.rename(columns=names), "label": f"Attacks on {label}"}
         blocks += [{"heading": label}, table] if len(frames) > 1 else [table]

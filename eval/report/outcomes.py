@@ -108,8 +108,7 @@ def limit_of(records: Sequence[Record], name: str) -> tuple[str, float] | None:
 
 def verdict_word(record: Record) -> str:
     """Return passes, fails or inconclusive for an immunized record with figures."""
-    verdict = record["metrics"].get("verdict") or {"value": None}
-    return WORDS[verdict["value"]]
+    return WORDS[value_of(record["metrics"], "verdict")]
 
 
 def _is_attack_too_weak(metrics: dict[str, Metric]) -> bool:

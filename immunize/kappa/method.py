@@ -176,8 +176,8 @@ class SpectralTrainer(KappaTrainer):
         preconditioner.
         """
         o = self.options
-        if o.scale == "none":
-            return 1.0, 1.0
+        if o.scale == "none" or (o.scale == "current" and o.optimizer_aware == "none"):
+            return 1.0, 1.0  # the units of `current` are measured anew in every step
         y = self.engine.features(task).to(torch.float64)
         size = min(o.batch_size, len(y))
         if o.scale == "rows":

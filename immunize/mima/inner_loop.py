@@ -19,6 +19,8 @@ itself or LoRA factors, and the model sees ``place(θ, φ)``:
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -162,11 +164,9 @@ class AttackerOptions:
         """Draw the attacker of the stream ``labels``."""
         g = generator(seed, "mima", "attacker", *labels)
         u = torch.rand(7, generator=g, dtype=torch.float64).tolist()
-        left = u[0] * sum(family.share for family in self.families.values())
-        for f in self.families.values():
-            if left < f.share:
-                break
-            left -= f.share
+        families = list(self.families.values())
+        ends = list(itertools.accumulate(family.share for family in families))
+        f = families[bisect.bisect(ends, u[0] * ends[-1])]
         rank = f.ranks[0] + int(u[2] * (f.ranks[1] - f.ranks[0] + 1))
         settings = InnerLoopOptions(
             scope=f.scopes[int(u[1] * len(f.scopes))],

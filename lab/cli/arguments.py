@@ -47,9 +47,6 @@ def _read_checkpoint(fact: str, path: str) -> float:
 def rewrite(words: Sequence[str]) -> list[str]:
     """Return what Hydra is given in place of ``words``.
 
-    - ``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group. DIR
-      is a path that says so by how it begins, or a folder that exists and has not the name of a
-      choice.
     - ``action=audit`` takes ``experiment=audit``, or ``audit_sd`` where ``path`` is no miniature;
       with ``concepts=FILE`` it takes ``scenario=folder``.
     - ``dry_run=true`` plans in this process: a launcher would submit jobs, and the plan would end
@@ -59,7 +56,7 @@ def rewrite(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a list of choices for a group that takes one.
     """
-    words = _expand_audit([_expand_backbone(word) for word in words])
+    words = _expand_audit(list(words))
     values = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
     for group, choice in values.items():
         if choice.startswith("[") and group not in _LISTS and (ROOT / "conf" / group).is_dir():
@@ -99,12 +96,3 @@ def _quoted(value: str) -> str:
     if re.fullmatch(r"[\w./-]+|['\"].*", value, flags=re.ASCII):
         return value
     return "'{}'".format(value.replace("'", "\\'"))
-
-
-def _expand_backbone(word: str) -> str:
-    value = word.removeprefix("backbone=")
-    if value == word or not value or (ROOT / "conf" / "backbone" / f"{value}.yaml").is_file():
-        return word
-    if not value.startswith(("/", "./", "../", "~/")) and not Path(value).is_dir():
-        return word
-    return f"backbone.path={_quoted(value)}"

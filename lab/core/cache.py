@@ -154,8 +154,7 @@ class StageCache:
     def checkpointed(self, stage: str, key: str) -> int | None:
         """Return the step from which an unfinished stage goes on; None without a checkpoint."""
         saved = StageCheckpoint(self.folder(stage, key).with_suffix(".ckpt")).load()
-        step = saved[1].get("step") if saved is not None else None
-        return step if isinstance(step, int) else None
+        return saved[1].get("step") if saved is not None else None
 
     def trust(self, keys: Iterable[str]) -> None:
         """Count artifacts of a forced stage as new that other processes of this run computed."""

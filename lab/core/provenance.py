@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -75,10 +76,8 @@ def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
     """Return versions by distribution name; packages that are not installed are absent."""
     installed = {}
     for name in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return installed
 
 

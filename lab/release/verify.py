@@ -20,11 +20,11 @@ from lab.core.hashing import file_hash, model_settings, state_hash
 from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.scorers.clip import PICKLED
 
 FORMAT, SUMS = "immunization-export-2", "SHA256SUMS"
 FACTS, CARD, RECORD, DELTA = "export.json", "README.md", "record.json", "delta.safetensors"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # what git and a hub's client put beside the files of a repository; none of it is loaded
 _FOREIGN = (".git/", ".cache/huggingface/")
 
@@ -63,7 +63,7 @@ def find_differences(folder: Path) -> list[str]:
             lines.append(f"{name} is a link; an exported folder has none")
         elif name not in listed:
             lines.append(f"{name} is surplus: {SUMS} does not list it")
-        elif path.suffix in _PICKLES:
+        elif path.suffix in PICKLED:
             lines.append(f"{name} is a pickle, which could run code")
         elif file_hash(path) != listed[name]:
             lines.append(f"{name} was altered: its SHA-256 is not that of {SUMS}")

@@ -14,6 +14,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pydantic import ValidationError
 
+from eval.stats.verdict_rule import VALUES
 from immunize.none import NoImmunization
 from lab.core.config import bind, user_error
 from lab.core.data import ConceptCase
@@ -37,7 +38,6 @@ from lab.core.types import (
 from lab.models.erase import NoErasure
 
 log = logging.getLogger(__name__)
-VERDICTS = ("passes", "fails", "inconclusive")
 _SINGLE = ("scenario", "backbone", "erase", "immunize")  # groups of one choice
 
 
@@ -178,8 +178,8 @@ def read_fail_on(cfg: DictConfig) -> list[str]:
     """Return the verdicts that end the command with an exit code of their own."""
     words = as_list(cfg.get("fail_on"))  # records of older schemas have none
     for word in words:
-        if word not in VERDICTS:
-            raise UserError("fail_on", word, nearest(str(word), VERDICTS))
+        if word not in VALUES:
+            raise UserError("fail_on", word, nearest(str(word), VALUES))
     return words
 
 

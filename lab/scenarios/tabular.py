@@ -37,12 +37,11 @@ Scaling = Literal["standard", "by_task", "min_max", "unit_rows", "none"]
 TestShare = Annotated[float, Field(strict=True, gt=0, lt=1)]
 
 
-def _names(value: object) -> tuple[str, ...]:
-    """Return one name or a list of names as texts; a YAML list may hold numbers such as 2010."""
-    return tuple(map(str, value if isinstance(value, list | tuple) else [value]))
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Texts = Annotated[
+    tuple[Annotated[str, BeforeValidator(str)], ...],
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value]),
+]
+"""Values of a column, numbers such as 2010 too; a single one is a list of one."""
 _ROLES: tuple[Role, Role] = ("benign", "harmful")
 _EXACT = 1e-9  # residual of a unit column below which it counts as a combination of others
 _CHECKED = 1e-7  # largest residual, in pooled scales, of a combination that counts as exact
@@ -290,8 +289,8 @@ class Tabular(Scenario):
     benign_file: Text = "D1.csv"
     harmful_file: Text = "D2.csv"
     split_column: Text | None = None
-    harmful_values: Names = ()
-    ignore: Names = ()
+    harmful_values: Texts = ()
+    ignore: Texts = ()
     scaling: Scaling = "standard"
     intercept: Flag = False
     test_share: TestShare = 0.2

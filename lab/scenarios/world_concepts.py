@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -177,7 +177,7 @@ class Studio:
 
 
 @config
-class WorldConcepts(Scenario, ABC):
+class WorldConcepts(Scenario):
     """One case per entry of the chosen list.
 
     Images of a concept depend on the seed, the concept and the part alone, so that cases, splits

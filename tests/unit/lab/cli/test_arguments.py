@@ -1,25 +1,9 @@
 """Words of the command line that are checked and rewritten before Hydra reads them."""
 
 import pytest
-from release_examples import composed
 
 from lab.cli.arguments import rewrite
 from lab.core.errors import UserError
-
-
-def test_a_folder_stands_for_a_backbone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("released", "minisd", "it's"):
-        (tmp_path / name).mkdir()
-    words = ["released", "minisd", "/no/such", "it's", "sd"]
-    assert rewrite([f"backbone={word}" for word in words]) == [
-        "backbone.path=released",
-        "backbone=minisd",
-        "backbone.path=/no/such",
-        r"backbone.path='it\'s'",
-        "backbone=sd",
-    ]
-    assert composed("experiment=audit", *rewrite(["backbone=it's"])).backbone.path == "it's"
 
 
 def test_a_dry_run_goes_without_its_launcher():

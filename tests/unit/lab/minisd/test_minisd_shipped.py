@@ -17,13 +17,14 @@ from presets import composed
 from lab.core.data import Sampling
 from lab.core.hashing import file_hashes
 from lab.minisd.train.quality import make_card, suites
-from lab.minisd.train.recipe import SHIPPED, Recipe
+from lab.minisd.train.recipe import Recipe
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.minisd.world.world import concept, sample
-from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.models.diffusion_backbone import MINISD, DiffusionBackbone
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import load_detector
 
+SHIPPED = MINISD.parent
 DENOISED = Sampling(steps=4, guidance=4.0)
 STORED = Path(__file__).parent / "data" / "minisd_smoke.json"
 SMOKE = (
