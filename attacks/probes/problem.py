@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from lab.core.condition import numerical_rank, rank_tolerance
@@ -19,7 +20,6 @@ from lab.core.hashing import digest
 
 # doublings of a line search before it takes what it has: 2^60 times the first guess
 _BRACKET_STEPS = 60
-_SEARCH_STEPS = 100
 _SEARCH_TOLERANCE = 1e-10  # of the first directional derivative
 
 
@@ -180,40 +180,31 @@ class CrossEntropy(Problem):
         return z.T @ (torch.softmax(z @ w, 1) - y) / len(z) + self.ridge * w
 
     def line_minimum(self, w: Tensor, g: Tensor, p: Tensor) -> float:
-        """Bracket by doubling, then Newton steps kept inside the bracket, on the convex φ(t) = L(w
-        + t p).
+        """Return a root of φ'(t) for the convex φ(t) = L(w + t p), by Brent's method in a bracket
+        found by doubling.
 
-        Stops where |φ'(t)| ≤ 1e-10 |φ'(0)|. On separable data φ may fall for ever; the bracket ends
-        after 60 doublings.
+        On separable data φ may fall for ever; the bracket ends after 60 doublings.
         """
         logits, slope, y = self.z @ w, self.z @ p, self.y
         wp, pp = self.ridge * float((w * p).sum()), self.ridge * float(p.square().sum())
 
-        def derivatives(t: float) -> tuple[float, float]:
+        def derivative(t: float) -> float:
             prob = torch.softmax(logits + t * slope, 1)
-            first = float(((prob - y) * slope).sum()) / self.n + wp + t * pp
-            second = float((slope * softmax_curvature(prob, slope)).sum()) / self.n + pp
-            return first, second
+            return float(((prob - y) * slope).sum()) / self.n + wp + t * pp
 
-        first, second = derivatives(0.0)
+        first = derivative(0.0)
         if not first < 0:
             return 0.0
-        small, low = _SEARCH_TOLERANCE * abs(first), 0.0
-        high = -first / second if second > 0 else 1.0
+        curvature = softmax_curvature(torch.softmax(logits, 1), slope)
+        second = float((slope * curvature).sum()) / self.n + pp
+        high, small = -first / second if second > 0 else 1.0, _SEARCH_TOLERANCE * abs(first)
         for _ in range(_BRACKET_STEPS):
-            first, second = derivatives(high)
-            if first >= -small:
+            if derivative(high) >= -small:
                 break
-            low, high = high, 2 * high
-        t = high
-        for _ in range(_SEARCH_STEPS):
-            if abs(first) <= small or high - low <= 1e-15 * high:
-                break
-            low, high = (t, high) if first < 0 else (low, t)
-            guess = t - first / second if second > 0 else low
-            t = guess if low < guess < high else 0.5 * (low + high)
-            first, second = derivatives(t)
-        return t
+            high *= 2
+        if derivative(high) <= small:
+            return high
+        return float(brentq(derivative, 0.0, high, xtol=1e-15 * high))
 
     def output_factor(self, w: Tensor) -> Tensor:
         prob = torch.softmax(self.z @ w, 1)
