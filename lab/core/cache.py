@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lab.core.errors import UserError, nearest
-from lab.core.hashing import stage_key, write_atomically
+from lab.core.hashing import stage_key, whole_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -211,17 +209,10 @@ class StageCache:
 
     def _commit(self, folder: Path, artifact: Artifact, made_from: dict[str, str]) -> None:
         """Write an artifact: all of it in one rename."""
-        temp = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir()
-        try:
-            values = json.dumps(artifact.values, sort_keys=True).encode()
-            files = dict(zip(_FILES, (values, _packed(artifact.tensors)), strict=True))
-            sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-            meta = {"sha256": sums, "seconds": artifact.seconds, "made_from": made_from}
+        values = json.dumps(artifact.values, sort_keys=True).encode()
+        files = dict(zip(_FILES, (values, _packed(artifact.tensors)), strict=True))
+        sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        meta = {"sha256": sums, "seconds": artifact.seconds, "made_from": made_from}
+        with whole_folder(folder) as partial:
             for name, data in (files | {"meta.json": json.dumps(meta).encode()}).items():
-                write_atomically(temp / name, data)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(temp, folder)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+                write_atomically(partial / name, data)

@@ -6,8 +6,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -77,6 +81,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of ``folder`` in the end, all of it in one rename."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
 def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:

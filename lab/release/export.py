@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -57,9 +56,9 @@ from lab.release.verify import (
     check,
     write_sums,
 )
-from lab.runner.assemble import as_list, assemble, find_targets
+from lab.runner.assemble import as_list, find_targets
 from lab.runner.batch import relative
-from lab.runner.pipeline import Pipeline
+from lab.runner.experiment import build_pipeline
 
 _TEMPLATE = Path(__file__).with_name("card.md")
 _LIBRARIES = {"diffusion": "diffusers", "deep": "timm", "linear": "safetensors"}
@@ -181,12 +180,15 @@ def rebuild(record: Stored, stage: dict[str, Any], cfg: DictConfig) -> Release:
     model_name, seed = stage["model"], stage["seed"]
     tensors = {} if model_name == BASELINE else read_stage(record, stage, cfg).tensors
     nothing = {"_target_": "immunize.none.NoImmunization", "name": "none"}
-    config = record["config"] | {"immunize": nothing, "attacks": {}, "eval": {}, "scorers": {}}
+    config = record["config"] | {
+        "immunize": nothing,
+        **{"attacks": {}, "eval": {}, "scorers": {}, "seeds": [seed], "force": []},
+        "paths": {"cache": cfg.paths.cache},
+        # the last bit of a sum can depend on the number of threads
+        "threads": int(record["provenance"]["threads"]),
+    }
     check_trusted({group: config[group] for group in _GROUPS}, cfg)
-    # the last bit of a sum can depend on the number of threads
-    torch.set_num_threads(int(record["provenance"]["threads"]))
-    torch.set_deterministic_debug_mode("warn")
-    pipeline = Pipeline(assemble(OmegaConf.create(config)), StageCache(cfg.paths.cache))
+    pipeline = build_pipeline(OmegaConf.create(config))
     data = pipeline.data(seed)
     if record["provenance"]["data_hash"].get(str(seed)) != data.data_hash:
         message = "the scenario's data are not those of the record; put them back."

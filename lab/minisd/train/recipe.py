@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from torch import nn
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint
 from lab.core.config import Count, NonNegative, Positive, Text, bind, options
-from lab.core.hashing import file_hashes, stage_key
+from lab.core.hashing import file_hashes, stage_key, whole_folder
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
 from lab.core.sources import source_hash
@@ -293,30 +292,27 @@ def run(cfg: DictConfig) -> Path:
     recipe = bind(Recipe, {k: v for k, v in plain.items() if k != "_target_"}, "train")
     training = Training(recipe, StageCache(cfg.paths.cache, force=cfg.force))
     folder = Path(cfg.paths.outputs) / recipe.name
-    fresh = folder.with_name(f".{recipe.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
     record: dict[str, Any] = {"recipe": plain}
-    if recipe.scorers is not None:
-        detector, record["detector"] = training.detector(recipe.scorers)
-        detector.save(fresh / "scorers" / "detector")
-        clip, config = training.clip(recipe.scorers, fresh / "scorers" / "clip")
-        scorers.save_clip(clip, config, fresh / "scorers" / "clip")
-    save(training.model(), fresh / "model")
-    record |= {
-        "curves": training.curves,
-        "seconds": training.seconds,
-        "provenance": provenance(started, time.monotonic() - clock),
-    }
-    if recipe.scorers is not None:
-        assess(fresh, record, recipe.seed, recipe.measured)
-    record["sha256"] = {
-        name: value
-        for name, value in file_hashes(fresh).items()
-        if name.startswith(("model/", "scorers/"))
-    }
-    (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with whole_folder(folder) as fresh:
+        if recipe.scorers is not None:
+            detector, record["detector"] = training.detector(recipe.scorers)
+            detector.save(fresh / "scorers" / "detector")
+            clip, config = training.clip(recipe.scorers, fresh / "scorers" / "clip")
+            scorers.save_clip(clip, config, fresh / "scorers" / "clip")
+        save(training.model(), fresh / "model")
+        record |= {
+            "curves": training.curves,
+            "seconds": training.seconds,
+            "provenance": provenance(started, time.monotonic() - clock),
+        }
+        if recipe.scorers is not None:
+            assess(fresh, record, recipe.seed, recipe.measured)
+        record["sha256"] = {
+            name: value
+            for name, value in file_hashes(fresh).items()
+            if name.startswith(("model/", "scorers/"))
+        }
+        (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     target = relative(folder)
     ship = f" (to ship it: `cp -r {target}/. {relative(MINISD.parent)}/`)"
     print(f"model: {target}{ship if recipe.scorers is not None else ''}")

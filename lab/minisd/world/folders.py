@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from PIL import Image
 from torch import Tensor
 
 from lab.core.errors import UserError, as_user_error, nearest
+from lab.core.hashing import whole_folder
 from lab.core.images import SUFFIXES, expand_path, read_image, stack
 
 METADATA = "metadata.csv"
@@ -48,19 +48,17 @@ def write(folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("folder", folder, "exists and is not empty; choose another one")
     columns = dict.fromkeys(["file_name", "text", *(key for row in rows for key in row)])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as scratch:
-        partial = Path(scratch) / folder.name
-        partial.mkdir()
-        with (partial / METADATA).open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
-            table.writeheader()
-            for i, (image, row) in enumerate(zip(images, rows, strict=True)):
-                name = f"{i:05d}.png"
-                pixels = image.permute(1, 2, 0).contiguous().numpy()
-                Image.fromarray(pixels).save(partial / name, compress_level=4)
-                table.writerow({**row, "file_name": name})
-        partial.replace(folder)
+    with (
+        whole_folder(folder) as partial,
+        (partial / METADATA).open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+        table.writeheader()
+        for i, (image, row) in enumerate(zip(images, rows, strict=True)):
+            name = f"{i:05d}.png"
+            pixels = image.permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(pixels).save(partial / name, compress_level=4)
+            table.writerow({**row, "file_name": name})
     return folder
 
 
