@@ -26,6 +26,7 @@ from eval.report.words import UNMEASURED
 from lab.cli.actions import act
 from lab.cli.arguments import register_resolvers, rewrite
 from lab.core import record as records
+from lab.core.errors import UserError
 from lab.core.record import Record
 from lab.core.sources import ROOT
 
@@ -102,6 +103,8 @@ def leaderboard(of: Records) -> pd.DataFrame:
         ranking.table(rows).assign(group=group)
         for group, rows in ranking.sections(ranking.leaderboard(load(of))).items()
     ]
+    if not tables:
+        raise UserError("records", of, "holds no immunized record.")
     return pd.concat(tables, ignore_index=True).fillna(UNMEASURED)
 
 

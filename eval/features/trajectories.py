@@ -217,9 +217,13 @@ def slowdown(
 
 
 def counted(role: Role, measurements: Sequence[Measurement]) -> Measurement:
-    """Return the one that counts: the smallest on harmful tasks, the largest on benign ones."""
-    pick = min if role == "harmful" else max
-    return pick(measurements, key=lambda m: (m.value, m.bound is not None))
+    """Return the one that counts: the smallest on harmful tasks, the largest on benign ones, a
+    lower limit where one of those is.
+    """
+    if role == "harmful":
+        return min(measurements, key=lambda m: (m.value, m.bound is not None))
+    worst = max(measurements, key=lambda m: m.value)
+    return replace(worst, bound=next((m.bound for m in measurements if m.bound), None))
 
 
 def worst_task(

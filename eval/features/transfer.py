@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
 from scipy.stats import spearmanr
 
 from eval.features.conditioning import Conditioning, worst_pair
@@ -60,7 +59,6 @@ class Transfer(RunMetric):
     Intervals: percentile bootstrap, seeds first, then cases.
 
     Args:
-        draws: bootstrap draws.
 
     Raises:
         UserError: fewer than eight cases.
@@ -71,7 +69,6 @@ class Transfer(RunMetric):
     needs_attack: ClassVar[bool] = True
 
     name: Text = "transfer"
-    draws: Annotated[int, Field(strict=True, ge=100)] = 1000
 
     def check(self, cases: tuple[Case, ...]) -> None:
         """Require enough cases for a rank correlation.
@@ -143,7 +140,7 @@ class Transfer(RunMetric):
             return Score(None, better=better, note=joined(f"{reason}: no rank correlation", note))
         rng, across = np.random.default_rng(RESAMPLING_SEED), len(groups) >= MIN_SEEDS
         draws = []
-        for _ in range(self.draws):
+        for _ in range(1000):  # convention
             drawn = rng.integers(0, len(groups), len(groups)) if across else range(len(groups))
             cases = [groups[i][rng.integers(0, len(groups[i]), len(groups[i]))] for i in drawn]
             draws.append(_spearman(np.concatenate(cases)))

@@ -295,9 +295,10 @@ class ConceptResult:
         return reasons[self.verdict]
 
     def check_rows(self) -> list[dict[str, Any]]:
-        passed = self.steps.passed and self.strongest is not None and self.strongest.censored
         checks = [*self.conditions, *([self.share] if self.share else [])]
-        rows = [*(check.row() for check in checks), {**self.steps.row(), "passed": passed}]
+        rows = [*(check.row() for check in checks), self.steps.row()]
+        if self.strongest is None or not self.strongest.censored:  # shown at the last step
+            rows[-1] |= {"passed": False, "result": "fails" if self.strongest else "inconclusive"}
         return [{"concept": self.concept, **row} for row in rows]
 
     def row(self) -> dict[str, Any]:
@@ -510,7 +511,7 @@ def best_threshold(positive: Tensor, negative: Tensor) -> float:
     """
     cosines = torch.cat([positive, negative])
     labels = (torch.arange(len(cosines)) < len(positive)).int()
-    wrong, right, thresholds = binary_roc((1 + cosines) / 2, labels)  # it takes [0, 1]
+    wrong, right, thresholds = binary_roc(((1 + cosines) / 2).clamp(0, 1), labels)
     at = int((right - wrong).argmax())
     return float(2 * thresholds[at : at + 2].mean() - 1)
 

@@ -44,7 +44,8 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     excludes zero and, for figures over attackers, the same attackers and budget.
 
     Raises:
-        UserError: records of different schemas (their minor version does not matter) or scenarios.
+        UserError: records of different schemas (their minor version does not matter) or scenarios,
+            or without a common figure.
     """
     for key, values in {
         "schema": [record["schema"].partition(".")[0] for record in (a, b)],
@@ -64,6 +65,9 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
         for key in sorted(left | right)
     ]
     both = [name for name in a["metrics"] if name in b["metrics"]]
+    if not both:
+        fix = "have no figure in common; did one of the runs fail?"
+        raise UserError("records", f"{a['name']} and {b['name']}", fix)
     same_terms = trial(a) == trial(b) and terms(a) == terms(b)
     same_trial = same_terms and "failed" not in (a["status"], b["status"])  # may lack an attack
     data = [record["provenance"].get("data_hash") for record in (a, b)]
@@ -98,8 +102,8 @@ def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
 
 
 def compare_many(reference: Record, others: Sequence[Record]) -> pd.DataFrame:
-    """Compare each of ``others`` with ``reference``, by the figures of the leaderboard that all of
-    them have.
+    """Compare each of ``others`` with ``reference``, by the figures of the leaderboard that both
+    have.
 
     Returns:
         a row per figure and record: ``a`` of the reference, ``b``, ``difference`` b − a with its
@@ -120,6 +124,7 @@ def compare_many(reference: Record, others: Sequence[Record]) -> pd.DataFrame:
             row |= {"p_holm": p, "significant": row["significant"] and p < 0.05}
         for label, row in zip(named, metrics, strict=True):
             if row is not None:
+                row["significant"] &= row["p"] is not None
                 parts = ("a", "b", "difference", "low", "high", "p", "p_holm", "significant", "how")
                 rows.append({"figure": name, "record": label} | {k: row.get(k) for k in parts})
     return pd.DataFrame(rows)

@@ -343,8 +343,8 @@ def strongest_attack(record: Record) -> str:
     if "unusable_at" in frame:
         lost = frame["unusable_at"].map(lambda steps: str(horizon) in str(steps).split(", "))
         frame = frame.assign(**{shares: frame[shares].mask(lost, 0.0)})
-    strongest = frame.loc[frame.groupby(["case", "concept", "seed"])[shares].idxmax(), "attack"]
-    counts = strongest.value_counts()
+    strongest = frame.loc[frame.groupby(["case", "concept", "seed"])[shares].idxmax()]
+    counts = strongest.loc[strongest[shares] > 0, "attack"].value_counts()
     return next((f"{name} ({n} of {len(strongest)})" for name, n in counts.items()), UNMEASURED)
 
 

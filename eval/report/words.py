@@ -192,7 +192,7 @@ def certainty(metric: Metric, reference: float) -> str:
 
 def aligned(table: pd.DataFrame) -> str:
     """Return a table of texts for a terminal."""
-    widths = [max(len(head), *map(len, table[head])) for head in table]
+    widths = [max([len(head), *map(len, table[head])]) for head in table]
     lines = [
         "  ".join(map(str.ljust, row, widths)).rstrip()
         for row in [table.columns, ["─" * width for width in widths], *table.to_numpy()]

@@ -145,7 +145,5 @@ def model_curve(lines: dict[str, list[Curve]], x: str, y: str, log: str = "") ->
 
 def thin(values: Sequence[float], points: int = 60) -> list[tuple[int, float]]:
     """Return at most ``points`` (index, value) pairs, evenly spread, first and last included."""
-    if len(values) <= points:
-        return list(enumerate(values))
-    chosen = sorted({round(i * (len(values) - 1) / (points - 1)) for i in range(points)})
-    return [(i, values[i]) for i in chosen]
+    chosen = np.linspace(0, len(values) - 1, min(points, len(values))).round().astype(int)
+    return [(int(i), values[i]) for i in chosen]

@@ -116,7 +116,8 @@ def side_result(checks: Sequence[Check], side: Role) -> Result:
         results.setdefault(check.alternative, set()).add(check.result)
     if {"passes"} in results.values():
         return "passes"
-    return "fails" if all("fails" in group for group in results.values()) else "inconclusive"
+    fails = results and all("fails" in group for group in results.values())
+    return "fails" if fails else "inconclusive"
 
 
 def verdict_result(checks: Sequence[Check]) -> Result:

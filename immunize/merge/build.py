@@ -5,6 +5,7 @@ captions, recorded inputs of layers without text.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -74,8 +75,15 @@ class MergeOptions:
 # layers
 
 
-def _suffixes(attention: str, kinds: str) -> tuple[str, ...]:
-    return tuple(f"{attention}.to_{kind}.weight" for kind in kinds)
+_SCOPES: dict[Scope, str] = {
+    "kv": r"\.attn2\.to_[kv]\.weight$",
+    "qkv": r"\.attn2\.to_[qkv]\.weight$",
+    "attn2": r"\.attn2\.",
+    "attention": r"\.attn[12]\.",
+    "down": r"^down_blocks\.",
+    "up": r"^up_blocks\.",
+    "all": "",
+}
 
 
 def scope_names(unet: nn.Module, scope: Scope, key: str = "immunize.scope") -> tuple[str, ...]:
@@ -88,16 +96,7 @@ def scope_names(unet: nn.Module, scope: Scope, key: str = "immunize.scope") -> t
     Raises:
         UserError: the U-Net has none of them; names the config key ``key``.
     """
-    inside = {
-        "kv": lambda name: name.endswith(_suffixes(".attn2", "kv")),
-        "qkv": lambda name: name.endswith(_suffixes(".attn2", "qkv")),
-        "attn2": lambda name: ".attn2." in name,
-        "attention": lambda name: ".attn1." in name or ".attn2." in name,
-        "down": lambda name: name.startswith("down_blocks."),
-        "up": lambda name: name.startswith("up_blocks."),
-        "all": lambda name: True,
-    }[scope]
-    names = tuple(name for name, _ in unet.named_parameters() if inside(name))
+    names = tuple(n for n, _ in unet.named_parameters() if re.search(_SCOPES[scope], n))
     if not names:
         reason = "selects no parameter of this U-Net; choose all or a U-Net with cross-attention."
         raise UserError(key, scope, reason)
@@ -108,9 +107,9 @@ def group_of(name: str) -> str:
     """Return the group of a matrix. Matrices of one group read the same input: the text, or a
     self-attention's, or the layer's own.
     """
-    if name.endswith(_suffixes("attn2", "kv")):
+    if re.search(r"attn2\.to_[kv]\.weight$", name):
         return TEXT
-    if name.endswith(_suffixes("attn1", "qkv")):
+    if re.search(r"attn1\.to_[qkv]\.weight$", name):
         return name.rsplit(".", 2)[0]
     return name.rsplit(".", 1)[0]
 

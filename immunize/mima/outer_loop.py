@@ -518,7 +518,7 @@ class OuterLoop:
             # no gradient has seen the last weights
             finite = is_finite(self._copy().values()) and self.objective.has_finite_losses()
             if row is not None and not finite:
-                row |= self._go_back()
+                row |= self._go_back("the losses after the last step are not finite")
             self.team.assert_equal(self._copy())
             self.done.append(self._copy())
         return row if row is None or self.runs == 1 else {**row, "concept": float(run)}
@@ -535,13 +535,10 @@ class OuterLoop:
             if wrong:
                 raise FloatingPointError(", ".join(f"{k} is {v}" for k, v in wrong.items()))
         except (FloatingPointError, Diverged) as error:
-            if not self.good:  # there is nothing to go back to but where the run began
-                self._put(before)
-                message = f"the weights left the finite numbers at the first step: {error}"
-                raise Diverged(message, 0) from error
-            logger.warning("step %d ends the run, last good weights are kept: %s", step, error)
-            return self._go_back()
-        self.good = before
+            if self.good:
+                logger.warning("step %d ends the run, last good weights are kept: %s", step, error)
+            return self._go_back(error)
+        self.good = before if step else {}  # the first are not trained
         clip = self.options.clip
         factor = clip / norm if clip is not None and norm > clip else 1.0
         for name in self.objective.outer_names:
@@ -556,7 +553,10 @@ class OuterLoop:
                 self.theta[name].sub_((change @ u @ u.T).view_as(self.theta[name]))
         return values
 
-    def _go_back(self) -> dict[str, float]:
+    def _go_back(self, reason: object) -> dict[str, float]:
+        if not self.good:
+            message = f"the weights left the finite numbers before a second step: {reason}"
+            raise Diverged(message, 0) from None
         self._put(self.good)
         self.has_ended = True
         return {"diverged": 1.0}
@@ -590,4 +590,5 @@ class OuterLoop:
         self.good = {name: x.to(self.theta[name].device) for name, x in good.items()}
         self.objective.load(part_of(tensors, "objective/"))
         restore_slots(self.optimizer, part_of(tensors, "optimizer/"))
-        self.done = [part_of(tensors, f"done{i}/") for i in range(values["done"])]
+        parts = (part_of(tensors, f"done{i}/") for i in range(values["done"]))
+        self.done = [{k: x.to(self.theta[k].device) for k, x in part.items()} for part in parts]

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 from omegaconf import DictConfig, OmegaConf
 
-from lab.core.errors import UserError
+from lab.core.errors import UserError, as_user_error
 from lab.core.hashing import write_atomically
 from lab.core.images import png
 from lab.core.migration import migrate
@@ -75,11 +75,13 @@ def validate(record: Record, source: str) -> None:
     Raises:
         UserError: names the first violation and, for another version, what to do.
     """
-    version = record.get("schema")
+    version = record.get("schema") if isinstance(record, dict) else None
     if version not in READABLE:
         fix = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
         raise UserError("records", source, fix)
-    if reason := violation(migrate(record), list(_schema()["required"])):
+    with as_user_error("records", source, "is no valid record"):
+        migrated = migrate(record)
+    if reason := violation(migrated, list(_schema()["required"])):
         raise UserError("records", source, f"is no valid record: at {reason}")
 
 
@@ -277,4 +279,4 @@ def _is_record(path: Path) -> bool:
     if path.name == "record.json" or "records" not in path.parts:
         return path.name == "record.json"
     text = path.read_text(encoding="utf-8", errors="replace")
-    return '"schema"' in text and '"content_hash"' in text
+    return '"schema"' in text and '"provenance"' in text

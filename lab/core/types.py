@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeAlias
 
-import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
@@ -262,7 +261,8 @@ class Budget:
         return self.horizon * self.multiple
 
     def in_updates(self, batch_size: int) -> Budget:
-        """Return the same budget in optimizer updates of ``batch_size`` images.
+        """Return the same budget in optimizer updates of ``batch_size`` images, without the
+        snapshots that lie within an update.
 
         Raises:
             UserError: the horizon is no multiple of the batch size.
@@ -272,7 +272,7 @@ class Budget:
         if self.horizon % batch_size:
             reason = f"must be a multiple of every attack's batch_size, and one has {batch_size}."
             raise UserError("budget.horizon", self.horizon, reason)
-        at = tuple(point // batch_size for point in self.snapshots())
+        at = tuple(p // batch_size for p in self.snapshots() if p % batch_size == 0)
         return Budget(self.horizon // batch_size, self.multiple, at=at)
 
     def snapshots(self) -> tuple[int, ...]:
@@ -453,12 +453,6 @@ class RunMetric(Method):
     @abstractmethod
     def __call__(self, run: RunView) -> Scores:
         """Return the metrics, curves, tables and images of the family."""
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    """Return whether both have the same parameters and buffers, bit for bit."""
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:

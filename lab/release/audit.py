@@ -167,8 +167,6 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the verdict of a record as ``verdict.json`` has it: docs/guides/audit_a_checkpoint.md.
 
-    The strongest attack's interval is that of ``audit_steps_worst``, as report and card have it.
-
     Args:
         hashes: NAME_sha256 of what was attacked; that of the U-Net is as in ``export.json``.
         warnings: come first among the limits.
@@ -177,7 +175,6 @@ def summarize(
     concepts = tables["audit_verdict"]
     reached = [row for row in concepts if row["verdict"] == "fails"]
     strongest = min(reached, key=lambda row: row["steps"], default=None)
-    first = record["metrics"]["audit_steps_worst"]
     checks = [
         {"concept": row["concept"], "check": row["check"], "required": row["required"]}
         | {"measured": row["value"], "passed": row["passed"]}
@@ -192,8 +189,7 @@ def summarize(
         "unit": config["budget"]["unit"],  # of steps
         "attacks": record["attacks"],
         "strongest_attack": strongest
-        and {key: strongest[key] for key in ("attack", "concept", "steps")}
-        | {key: first[key] for key in ("low", "high")},
+        and {key: strongest[key] for key in ("attack", "concept", "steps", "low", "high")},
         "concepts": concepts,
         "checks": checks,
         "limits": [*warnings, *(row["limit"] for row in tables["audit_limits"])],

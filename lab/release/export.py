@@ -136,7 +136,7 @@ def choose(record: Record, kind: str, options: DictConfig) -> dict[str, Any]:
         known = {str(stage[key]) for stage in stages}
         if value is not None and str(value) not in known:
             raise UserError(f"export.{key}", value, nearest(str(value), known))
-        stages = [stage for stage in stages if value in (None, stage[key])]
+        stages = [stage for stage in stages if str(value) in ("None", str(stage[key]))]
     finished = [stage for stage in stages if stage["status"] == "ok"]
     if len(finished) != 1:
         lines = [

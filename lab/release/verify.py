@@ -17,7 +17,7 @@ from eval.report.outcomes import outcome
 from lab.core import record as records
 from lab.core.errors import UserError
 from lab.core.hashing import file_hash, model_settings, state_hash
-from lab.core.types import same_weights
+from lab.core.types import changed_tensors
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.clip import PICKLED
@@ -120,7 +120,10 @@ def check(folder: Path, base: str | None = None) -> list[str]:
 
 
 STEPS = ("hashes", "record", "layout", "weights", "delta")  # each gives a line
-_UNFIT = (OSError, ValueError, LookupError, RuntimeError, SafetensorError)
+_UNFIT = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+    SafetensorError,
+)
 
 
 def find_stage(
@@ -221,7 +224,7 @@ def check_delta(
         raise ValueError(f"unet is not the original plus {DELTA}")
     original.float()
     for name, part in model.named_children():
-        if name != "unet" and not same_weights(part, getattr(original, name)):
+        if name != "unet" and changed_tensors(getattr(original, name), part):
             raise ValueError(f"{name} differs from the original's")
     if model_settings(model) != model_settings(original):
         raise ValueError("tokenizers, scheduler or configs differ from the original's")

@@ -318,7 +318,7 @@ def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
         if part.obj.needs_models <= len(parts.model_names)
         and (attackers or not part.obj.needs_attack)
     ]
-    methods: list[Method] = [parts.immunizer.obj, *attackers, *metrics]
+    methods: list[Method] = [parts.eraser.obj, parts.immunizer.obj, *attackers, *metrics]
     for method in methods:
         method.check(cases)
     tokenizers = parts.backbone.tokenizers()  # loads the model, which all stages need next
@@ -327,7 +327,7 @@ def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
     for case in cases:
         if isinstance(case, ConceptCase):
             check_case(case, tokenizers)
-    for method in [parts.eraser.obj, *methods]:
+    for method in methods:
         for key, text in method.texts().items():
             refuse_special(key, [text], tokenizers)
 

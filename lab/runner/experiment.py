@@ -92,7 +92,8 @@ def clear_verdicts(results: dict[str, Any], failed: Collection[str]) -> None:
         if name in results["metrics"]:
             results["metrics"][name] |= {"value": None, "low": None, "high": None, "note": note}
     tables = results["tables"]
-    tables.pop("verdict", None)
+    for name in ("verdict", "audit_verdict"):
+        tables.pop(name, None)
     if "seed_values" in tables:
         tables["seed_values"] = [
             row for row in tables["seed_values"] if row["metric"] not in VERDICT_METRICS

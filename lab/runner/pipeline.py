@@ -312,8 +312,12 @@ class Pipeline:
 
     def find_settled_tasks(self) -> None:
         """Ask the metrics for ``settled_tasks``; an audit generates images for that."""
-        metrics = [part.obj for part in self.parts.metrics.values() if part.obj.needs_attack]
-        each = [metric.settled_tasks(self) for metric in metrics]
+        metrics = [part.obj for part in self.parts.metrics.values()]
+        each = [
+            metric.settled_tasks(self)
+            for metric in metrics
+            if metric.needs_attack and metric.needs_models <= len(self.model_names)
+        ]
         self.settled_tasks = frozenset.intersection(*each) if each else frozenset()
 
     def shards(self, stage: Stage) -> int:

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from assertions import same_weights
 from presets import build, kinds, nodes, presets, problem
 
 from lab.core import sources
 from lab.core.cache import StageCache
 from lab.core.data import ScenarioData
 from lab.core.sources import ROOT
-from lab.core.types import Attacker, Budget, Immunizer, RunMetric, same_weights
+from lab.core.types import Attacker, Budget, Immunizer, RunMetric
 from lab.runner.assemble import Part, Parts
 from lab.runner.pipeline import Pipeline
 

@@ -7,13 +7,14 @@ from functools import cache
 import pytest
 import tiny
 import torch
+from assertions import same_weights
 from hydra.utils import instantiate
 from presets import build, composed, kinds, param, presets, repetitions
 from test_contracts import check_round_trip, launch, moved
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from lab.core.data import Sampling
-from lab.core.types import Attacker, Budget, Eraser, Immunizer, same_weights
+from lab.core.types import Attacker, Budget, Eraser, Immunizer
 
 BUDGET = Budget(horizon=2, multiple=1, at=(0, 1, 2))
 

@@ -17,6 +17,8 @@ def test_run_leaderboard_and_compare(tmp_path, monkeypatch):
     assert {"group", "verdict", "RIR"} <= set(table.columns)
     difference = compare([first, other]).loc["rir"]
     assert difference["difference"] == pytest.approx(difference["b"] - difference["a"])
+    with pytest.raises(UserError, match="no immunized record"):
+        leaderboard([])
     with pytest.raises(UserError, match="seeds"):
         run([*FAST, "seeds=[]"])
     assert len(list(tmp_path.rglob("record.json"))) == 2

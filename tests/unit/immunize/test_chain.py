@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import tiny
+from assertions import same_weights
 from attack_examples import interrupted
 from presets import build
 from pydantic import ValidationError
@@ -16,7 +17,6 @@ from immunize.erase import EraseAgain
 from immunize.kappa.closed_form import KappaClosedForm
 from immunize.undo import Undo
 from lab.models.erase import Uce
-from lab.release.verify import same_weights
 
 
 def _chain():

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from assertions import same_weights
 from presets import build
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from immunize.controls import OtherWeights
 from lab.core.data import Erasure
 from lab.core.errors import UserError
-from lab.core.types import Eraser, same_weights
+from lab.core.types import Eraser
 
 
 def test_noise_has_the_stated_size_and_leaves_vectors() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from assertions import same_weights
 from attack_examples import interrupted
 from presets import build
 from tiny_diffusion import tiny_case, tiny_diffusion
@@ -13,7 +14,6 @@ from immunize.merge.build import scope_names
 from immunize.undo import _captions, noised_copy
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.core.types import same_weights
 
 
 def method(**options):

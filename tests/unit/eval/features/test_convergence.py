@@ -14,13 +14,19 @@ from fake_run import (
 
 from eval.features.convergence import Convergence, rfd
 from eval.features.probe_accuracy import ProbeAccuracy
-from eval.features.trajectories import read, target_of
+from eval.features.trajectories import Measurement, counted, read, target_of
 from lab.core.types import BASELINE, Trajectory
 
 
 def test_the_mean_over_a_diverged_attack_holds_its_last_value() -> None:
     broken = Trajectory([0, 10], {"norm_ratio": [1.0, 0.5]}, "diverged")
     assert read(broken, "norm_ratio", None, 100) == pytest.approx((0.75 * 10 + 0.5 * 90) / 100)
+
+
+def test_a_benign_cost_may_be_higher_where_one_attack_gives_a_lower_limit_only() -> None:
+    limit, exact = Measurement(5.0, "lower"), Measurement(5.5)
+    assert counted("benign", [limit, exact]) == Measurement(5.5, "lower")
+    assert counted("harmful", [limit, exact]) == limit
 
 
 def test_norm_ratio_and_slowdown_by_hand() -> None:

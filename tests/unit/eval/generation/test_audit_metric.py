@@ -234,6 +234,8 @@ def test_the_threshold_has_the_least_sum_of_errors(shift):
         return float((low >= threshold).float().mean() + (high < threshold).float().mean())
 
     assert errors(best_threshold(high, low)) <= min(map(errors, torch.linspace(-1, 1, 4001))) + 1e-6
+    above, low = torch.tensor([1.0000002, 0.8]), torch.tensor([0.1, -0.2])  # by rounding
+    assert best_threshold(above, low) == pytest.approx(best_threshold(above.clamp(max=1), low))
 
 
 def test_held_out_error_rates_do_not_flatter():

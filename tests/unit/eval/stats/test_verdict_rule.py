@@ -73,5 +73,6 @@ def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_neede
         ([slow, benign, damaged], "fails"),
         ([unknown, benign], "inconclusive"),
         ([unknown, fast, benign], "fails"),
+        ([benign], "inconclusive"),
     ):
         assert verdict_result(checks) == result, checks

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import same_weights
 from attack_examples import interrupted
 from small_cases import TinyNet, deep_case, immunize, linear_case, randn
 
@@ -11,7 +12,6 @@ from immunize.kappa.trainer import Head, blocks_by_gradient
 from lab.core.condition import condition_number, row_groups
 from lab.core.errors import UserError
 from lab.core.seeding import derive
-from lab.core.types import same_weights
 
 BASE = dict(
     lambda_p=1.0, lambda_h=1e-2, scale="current", lr=0.01, steps=12, batch_size=16, supervised=0.1

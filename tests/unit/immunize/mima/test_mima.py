@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from assertions import same_weights
 from attack_examples import MemoryCheckpoint, interrupted
 from marks import with_slow
 from mima_examples import (
@@ -24,7 +25,6 @@ from immunize.merge.build import MergeOptions, build_merge
 from immunize.mima.hypergradient import hypergradient
 from immunize.mima.outer_loop import naming_prompts
 from lab.core.seeding import derive
-from lab.core.types import same_weights
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
 SEED = 1  # of draws whose kind, K and captions differ from concept to concept

@@ -45,8 +45,11 @@ def test_divergence_keeps_the_last_good_weights(how):
     weights, rows = trained(Falling(4, how))
     assert torch.equal(weights, torch.full((3,), -3.0))  # at step 4 θ is −4: seen, and bad
     assert rows[-1] == {"step": 4, "diverged": 1.0}
-    with pytest.raises(Diverged, match="first step"):
-        trained(Falling(0, how))
+    for bad in (0, 1):  # before the second step the last good weights are the original ones
+        with pytest.raises(Diverged, match="before a second step"):
+            trained(Falling(bad, how))
+    with pytest.raises(Diverged, match="losses after the last step"):
+        trained(Falling(sound=False), steps=1)
 
 
 def test_no_update_changes_kept_directions():

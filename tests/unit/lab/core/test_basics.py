@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from assertions import same_weights
 from torch import nn
 
 from eval.stats.intervals import score_samples
 from lab.core import sources
 from lab.core.hashing import digest, state_hash
 from lab.core.seeding import derive, generator
-from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
+from lab.core.types import Budget, FeatureModel, Trajectory
 from lab.models.activations import features, prefix
 
 

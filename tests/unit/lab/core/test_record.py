@@ -147,6 +147,12 @@ def test_content_hash_sees_images_but_not_where_they_lie(tmp_path, body):
     assert records.content_hash(body) != first
 
 
+@pytest.mark.parametrize("body", [[], {"schema": "1.0"}, {"schema": "2.4"}])
+def test_what_is_no_record_is_refused(body):
+    with pytest.raises(UserError, match="records=other"):
+        records.validate(body, "other.json")
+
+
 def test_each_seed_gets_its_own_value_whatever_the_order_of_the_run():
     scores = Scores({"rir": Score(2.0, per_seed=(1.0, 2.0, 3.0))})  # of seeds 0, 1, 2
     (row,) = records.seed_values([scores], (2, 0, 1))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from assertions import same_weights
 from attack_examples import Interrupted
 from tiny_diffusion import TINY
 from torch import nn
@@ -16,7 +17,6 @@ from torch.distributions import Normal, kl_divergence
 from lab.core.cache import StageCheckpoint
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
-from lab.core.types import same_weights
 from lab.minisd.train import networks
 from lab.minisd.train.networks import (
     Schedule,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from assertions import same_weights
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 from safetensors.torch import save_file
@@ -15,7 +16,6 @@ from sklearn.datasets import load_sample_image
 from lab.core.data import Case, Split, Task
 from lab.core.errors import UserError
 from lab.core.images import stack
-from lab.core.types import same_weights
 from lab.models.vision import PACKAGE_MODEL, VisionBackbone, VisionModel, chain, imagenet_package
 
 TRANSFORMER = ("embed", *(f"block{i}" for i in range(12)), "norm")

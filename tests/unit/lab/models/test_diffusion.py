@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from assertions import same_weights
 from tiny_sd import tiny_pipeline
 
 from lab.core.data import Sampling
 from lab.core.seeding import generator
-from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel, Text
 
 LAYOUTS = ("sd1", "sd2", "xl")

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from assertions import same_weights
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny_diffusion import tiny_case
@@ -14,7 +15,7 @@ from tiny_sd import tiny_pipeline
 
 from lab.core.data import Sampling
 from lab.core.errors import UserError
-from lab.core.types import Backbone, same_weights
+from lab.core.types import Backbone
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from assertions import same_weights
 from pydantic import ValidationError
 from tiny_diffusion import tiny_case, tiny_diffusion
 from tiny_sd import tiny_pipeline
@@ -11,7 +12,6 @@ from tiny_sd import tiny_pipeline
 from lab.core.data import Erasure
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel, encoded
 from lab.models.erase import (
     Uce,

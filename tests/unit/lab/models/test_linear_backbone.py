@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from assertions import same_weights
 from pydantic import ValidationError
 
 from lab.core.data import Case, Split, Task
-from lab.core.types import same_weights
 from lab.models.linear import LinearBackbone, LinearExtractor
 
 

@@ -27,6 +27,14 @@ def test_a_trajectory_at_the_snapshots_passes_and_a_diverged_one_may_end_earlier
         check_trajectory(Trajectory([0, 5], LOSSES), "mine", Budget(5, 1, at=(0, 2, 5)))
 
 
+def test_updates_of_several_images_keep_to_snapshots_that_the_budget_has():
+    budget = Budget(16, 1, unit="images")
+    steps = [8 * update for update in budget.in_updates(8).snapshots()]
+    losses = {name: [1.0] * len(steps) for name in LOSSES}
+    check_trajectory(Trajectory(steps, losses), "mine", budget)
+    assert set(steps) <= set(budget.snapshots())
+
+
 @pytest.mark.parametrize(
     "trajectory",
     [
